@@ -1,0 +1,54 @@
+# The ways in: `make demo` and `make test`. Everything runs in .venv, which is made where it lacks.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS ?= runs/demo
+
+.PHONY: help setup demo test lint format bench clean
+
+help:  ## Say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.installed  ## Make .venv and install everything into it
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup  ## Train two small models on digits, adapt them through 15 corruptions, print the table
+	@test ! -e $(RUNS) || { echo "$(RUNS) exists and is never overwritten: make demo RUNS=another/folder"; exit 2; }
+	$(BIN)/tta fit -c configs/fit/digits_gn.yaml --trainer.run_dir $(RUNS)/gn
+	$(BIN)/tta fit -c configs/fit/digits_bn.yaml --trainer.run_dir $(RUNS)/bn
+	$(MAKE) --no-print-directory $(RUNS)/gn-source $(RUNS)/gn-tent $(RUNS)/bn-source $(RUNS)/bn-bn_stats $(RUNS)/bn-tent
+	$(BIN)/tta compare $(RUNS)/gn-source $(RUNS)/gn-tent $(RUNS)/bn-source $(RUNS)/bn-bn_stats $(RUNS)/bn-tent -o $(RUNS)
+
+# one run: the model before the dash, the configuration of the method after it
+$(RUNS)/gn-%:
+	$(BIN)/tta adapt -c configs/adapt/$*.yaml -c configs/stream/digits.yaml \
+	  --model.network $(RUNS)/gn/checkpoints/best.ckpt --trainer.run_dir $@
+$(RUNS)/bn-%:
+	$(BIN)/tta adapt -c configs/adapt/$*.yaml -c configs/stream/digits.yaml \
+	  --model.network $(RUNS)/bn/checkpoints/best.ckpt --trainer.run_dir $@
+
+test: setup  ## Run the tests
+	$(BIN)/pytest
+
+lint: setup  ## Check format, style and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: setup  ## Format the code and mend what can be mended
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: setup  ## Time adapt against a bare loop, its memory on a long stream, and `tta --help`
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/long_stream.py
+	$(BIN)/python benchmarks/startup.py
+
+clean:  ## Remove .venv and caches; runs stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,1 @@
+"""Train models to adapt, and adapt them online."""

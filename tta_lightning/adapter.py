@@ -1,0 +1,394 @@
+"""What every test-time adaptation method is: a network, an update rule and a few beats."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from tta_lightning.describe import constructor_arguments
+from tta_lightning.errors import InputError
+from tta_lightning.functional import all_finite
+from tta_lightning.models.heads import Head, capture_features, find_head
+from tta_lightning.models.loading import load_model
+from tta_lightning.models.norms import (
+    batch_norm_layers,
+    norm_layers,
+    use_batch_statistics,
+    use_source_statistics,
+)
+from tta_lightning.rules import SGD, RuleState, UpdateRule
+
+PREDICTS_BEFORE_UPDATE = "before update"
+PREDICTS_AFTER_UPDATE = "after update"
+
+
+@dataclass
+class Outputs:
+    """What one forward pass gives to a method's loss.
+
+    Attributes:
+        logits: ``[B, C]``, restricted to the classes of the stream where it has a subset.
+        features: ``[B, D]``, the input of the final linear map; None where the network has no
+            such head.
+        selected: ``[B]`` bool, the samples that the method learns from, filled in by its loss;
+            None stands for all.
+    """
+
+    logits: Tensor
+    features: Tensor | None = None
+    selected: Tensor | None = None
+
+
+Term = Callable[[Outputs, Head], Tensor]
+"""A scalar that is added to a method's loss, computed from a forward pass and the head."""
+
+
+@dataclass
+class StepReport:
+    """What the last :meth:`Adapter.adapt_step` did.
+
+    Attributes:
+        updated: Whether the parameters moved.
+        loss: The loss that was minimised, a detached scalar; None where there was none.
+        reason: Why nothing moved; empty when something did.
+    """
+
+    updated: bool = False
+    loss: Tensor | None = None
+    reason: str = ""
+
+
+class Adapter(LightningModule):
+    """A network that learns from the unlabelled images it predicts.
+
+    A method is a subclass that overrides one of these beats, in the order in which they run:
+
+    * :meth:`configure`: what may move, and how normalisation layers behave.
+    * :meth:`prepare`: look at clean, unlabelled images once, before the stream.
+    * :meth:`loss`: the objective of one batch, or None to learn nothing from it.
+    * :meth:`adapt_step`: the whole step, for methods that are more than a loss.
+
+    Everything that adaptation changes is named by :meth:`moving_tensors` or is ``rule_state``;
+    :meth:`reset` restores the former bit for bit and makes the latter anew. Both are part of the
+    ``state_dict``. The adapter works on the network object it was given, in place.
+
+    Args:
+        network: Images ``[B, 3, H, W]`` in [0, 1] to logits ``[B, C]``: a module, or what
+            :func:`~tta_lightning.models.load_model` accepts, such as
+            ``"timm:resnet50_gn.a1h_in1k"``.
+        rule: How gradients become updates; None for ``SGD(lr=2.5e-4, momentum=0.9)``.
+
+    Raises:
+        InputError: The network cannot be built.
+    """
+
+    predicts = PREDICTS_BEFORE_UPDATE
+
+    def __init__(
+        self, network: str | dict[str, Any] | nn.Module, rule: UpdateRule | None = None
+    ) -> None:
+        super().__init__()
+        self.network = load_model(network)
+        self.rule = SGD(lr=2.5e-4, momentum=0.9) if rule is None else rule
+        self.rule_state: RuleState = {}
+        self.terms: list[Term] = []
+        self.report = StepReport()
+        self.phase: Callable[[str], AbstractContextManager[None]] = unobserved
+        self._adapted: dict[str, nn.Parameter] = {}
+        self._source: dict[str, Tensor] | None = None
+        self._classes: Tensor | None = None
+        self._head: Head | None = None
+        self.register_load_state_dict_pre_hook(_remember_source_first)  # type: ignore[no-untyped-call]
+
+    # The beats -----------------------------------------------------------------------------------
+
+    def configure(self) -> None:
+        """Choose what may move and how normalisation behaves.
+
+        Default: the affine parameters of every normalisation layer may move; batch normalisation
+        uses the statistics of the batch (Tent's setting).
+
+        Raises:
+            InputError: The network has no normalisation layer with affine parameters.
+        """
+        layers = norm_layers(self.network)
+        if not layers:
+            raise InputError(
+                f"{type(self).__name__} moves the affine parameters of normalisation layers, but "
+                f"{type(self.network).__name__} has none. Use a network with batch, group or layer "
+                "normalisation, or a method that does not need them."
+            )
+        for layer in layers.values():
+            for parameter in layer.parameters(recurse=False):
+                parameter.requires_grad_(True)
+        use_batch_statistics(batch_norm_layers(self.network).values())
+
+    def prepare(self, clean: Iterable[Tensor]) -> None:
+        """Look at clean images before the stream starts; the default needs none.
+
+        Args:
+            clean: Batches of unlabelled images ``[B, 3, H, W]`` in [0, 1].
+        """
+
+    def loss(self, out: Outputs, images: Tensor) -> Tensor | None:
+        """Compute the objective of one batch; the default learns nothing.
+
+        Args:
+            out: The forward pass on ``images``, with its graph.
+            images: ``[B, 3, H, W]`` in [0, 1].
+
+        Returns:
+            A scalar to be minimised, or None to learn nothing from this batch.
+        """
+        return None
+
+    def adapt_step(self, images: Tensor) -> Tensor:
+        """Predict a batch, then learn from it.
+
+        Works in any loop, whether or not gradients are enabled around it.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+
+        Returns:
+            Logits ``[B, C]`` of the network as it was before the update, without graph.
+        """
+        self.ready()
+        with torch.inference_mode(False), torch.enable_grad():
+            if images.is_inference():
+                images = images.clone()
+            with self.phase("inference"):
+                out = self.outputs(images)
+            with self.phase("update"):
+                self.report = self.learn(out, images)
+        return out.logits.detach()
+
+    def moving_tensors(self) -> dict[str, Tensor]:
+        """Name every tensor that adaptation changes, the state of the rule excepted.
+
+        Default: the parameters that :meth:`configure` lets move, and the buffers that a method
+        registers on itself. A method with more (running statistics, a teacher) adds it here.
+
+        Returns:
+            Name in the ``state_dict`` to the tensor itself.
+        """
+        own_state = dict(self.named_buffers(recurse=False))
+        return {**{f"network.{name}": p for name, p in self._adapted.items()}, **own_state}
+
+    # What methods use ----------------------------------------------------------------------------
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """Run the network once.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+
+        Returns:
+            Logits restricted to the classes of the stream, and the features of the head.
+        """
+        if self._head is None:
+            logits, features = self.network(images), None
+        else:
+            with capture_features(self._head) as captured:
+                logits = self.network(images)
+            features = captured.features
+        if self._classes is not None:
+            logits = logits.index_select(1, self._classes.to(logits.device))
+        return Outputs(logits, features)
+
+    def learn(self, out: Outputs, images: Tensor) -> StepReport:
+        """Minimise :meth:`loss` and the attached terms by one step of the rule.
+
+        Args:
+            out: A forward pass with its graph.
+            images: The images it was made from.
+
+        Returns:
+            What happened.
+        """
+        loss = self.loss(out, images)
+        if loss is None:
+            return StepReport(reason="the method learns nothing from this batch")
+        for term in self.terms:
+            loss = loss + term(out, self.head)
+        return self.descend(loss)
+
+    def descend(self, loss: Tensor) -> StepReport:
+        """Move the adapted parameters by one step of the rule, if loss and gradients are finite.
+
+        Args:
+            loss: A scalar with its graph.
+
+        Returns:
+            What happened. With a NaN or an infinite number nothing moves, the state of the rule
+            included, and a warning says so.
+        """
+        names, parameters = list(self._adapted), list(self._adapted.values())
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        grads = {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
+        detached = loss.detach()
+        if not all_finite(detached, *grads.values()):
+            warnings.warn(
+                "A batch gave a loss or a gradient that is not finite; it was predicted, but "
+                "nothing was learnt from it.",
+                stacklevel=2,
+            )
+            return StepReport(loss=detached, reason="loss or gradient is not finite")
+        with torch.no_grad():
+            updates, self.rule_state = self.rule.update(grads, self.rule_state, self._adapted)
+            for name, update in updates.items():
+                self._adapted[name].add_(update)
+        return StepReport(updated=True, loss=detached)
+
+    @property
+    def head(self) -> Head:
+        """The final linear map of the network.
+
+        Raises:
+            InputError: The network does not end in one linear map.
+        """
+        return find_head(self.network) if self._head is None else self._head
+
+    @property
+    def adapted_parameters(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that may move, by their name in the network."""
+        self.ready()
+        return self._adapted
+
+    # Life cycle ----------------------------------------------------------------------------------
+
+    def ready(self) -> None:
+        """Configure the network and remember the source model; does nothing the second time.
+
+        Called by everything that adapts, so that weights loaded into the network before count as
+        the source model.
+        """
+        if self._source is not None:
+            return
+        self.requires_grad_(False)
+        super().train(False)  # no dropout; batch normalisation is for configure() to choose
+        use_source_statistics(batch_norm_layers(self.network).values())
+        self.configure()
+        self._adapted = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+        self._head = _head_or_none(self.network)
+        self._source = {name: t.detach().clone() for name, t in self.moving_tensors().items()}
+        self.rule_state = self.rule.init(self._adapted)
+
+    def reset(self) -> None:
+        """Return, bit for bit, to the source model with a fresh state of the rule."""
+        self.ready()
+        assert self._source is not None
+        with torch.no_grad():
+            for name, tensor in self.moving_tensors().items():
+                tensor.copy_(self._source[name])
+        self.rule_state = self.rule.init(self._adapted)
+        self.report = StepReport()
+
+    def restrict_classes(self, classes: Sequence[int] | None) -> None:
+        """Keep only some of the network's outputs, before any entropy and any prediction.
+
+        For streams that hold a subset of the classes (ImageNet-R, ImageNet-A).
+
+        Args:
+            classes: Positions among the network's outputs, in the order of the stream's labels;
+                None for all.
+        """
+        self._classes = None if classes is None else torch.tensor(list(classes), dtype=torch.long)
+
+    def describe(self) -> dict[str, Any]:
+        """Say what method this is, as plain values for a manifest."""
+        return {
+            "name": type(self).__name__,
+            "predicts": self.predicts,
+            "hyper_parameters": constructor_arguments(self, skip=("network", "rule")),
+            "rule": {"name": type(self.rule).__name__, **constructor_arguments(self.rule)},
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Predict without learning: images ``[B, 3, H, W]`` in [0, 1] to logits ``[B, C]``."""
+        self.ready()
+        return self.outputs(images).logits
+
+    def train(self, mode: bool = True) -> Self:
+        """Keep the mode that :meth:`configure` chose, once it has: adapting knows no other.
+
+        A plain ``eval()`` would silently switch batch normalisation back to source statistics.
+        """
+        return self if self._source is not None else super().train(mode)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the state of the rule, for the ``state_dict``."""
+        return {"rule_state": self.rule_state}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take the state of the rule from a ``state_dict``, onto the network's device."""
+        device = next(iter(self._adapted.values())).device if self._adapted else None
+        self.rule_state = _map_tensors(lambda tensor: tensor.to(device), state["rule_state"])
+
+    def on_test_model_eval(self) -> None:
+        """Keep the mode while Lightning's loop starts."""
+
+    def on_test_model_train(self) -> None:
+        """Keep the mode when Lightning's loop ends."""
+
+    def test_step(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: a stream is adapted to, not tested on."""
+        self._refuse("test")
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: a stream is adapted to, not validated on."""
+        self._refuse("validate")
+
+    def training_step(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: an adapter is not trained on labels."""
+        self._refuse("fit")
+
+    def configure_optimizers(self) -> NoReturn:
+        """Refuse: the rule takes the place of an optimizer."""
+        self._refuse("fit")
+
+    def _refuse(self, verb: str) -> NoReturn:
+        raise InputError(
+            f"{type(self).__name__} is a test-time adaptation method: it cannot {verb}. Use "
+            "`adapt`: Trainer.adapt(...) of tta_lightning, or `tta adapt` on the command line "
+            "(the method Source gives the accuracy without adaptation)."
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the state of the rule along when the module changes device or precision."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            self.rule_state = _map_tensors(fn, self.rule_state)
+        return self
+
+
+def unobserved(phase: str) -> AbstractContextManager[None]:
+    """Let a phase of a step pass unmeasured: what ``Adapter.phase`` is by default."""
+    return nullcontext()
+
+
+def _head_or_none(network: nn.Module) -> Head | None:
+    try:
+        return find_head(network)
+    except InputError:
+        return None
+
+
+def _map_tensors(fn: Callable[[Tensor], Tensor], state: RuleState) -> RuleState:
+    return {
+        key: _map_tensors(fn, value) if isinstance(value, dict) else fn(value)
+        for key, value in state.items()
+    }
+
+
+def _remember_source_first(module: nn.Module, *args: Any) -> None:
+    """Before a mid-stream state is loaded, remember the source model that reset() returns to."""
+    assert isinstance(module, Adapter)
+    module.ready()

@@ -1,0 +1,18 @@
+"""Callbacks of the adaptation stage."""
+
+from tta_lightning.callbacks.base import AdaptCallback
+from tta_lightning.callbacks.cost import CostMonitor
+from tta_lightning.callbacks.metrics import PredictionStatistics, StreamMetrics
+from tta_lightning.callbacks.predictions import PredictionWriter
+from tta_lightning.callbacks.progress import AdaptationProgress
+from tta_lightning.callbacks.recorder import RunRecorder
+
+__all__ = [
+    "AdaptCallback",
+    "AdaptationProgress",
+    "CostMonitor",
+    "PredictionStatistics",
+    "PredictionWriter",
+    "RunRecorder",
+    "StreamMetrics",
+]

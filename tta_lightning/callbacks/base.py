@@ -1,0 +1,50 @@
+"""The hooks of the adaptation stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from tta_lightning.adapter import Adapter
+from tta_lightning.data.plan import Segment
+from tta_lightning.data.stream import StreamBatch
+
+
+class AdaptCallback(Callback):
+    """A callback with the hooks of :class:`~tta_lightning.loops.AdaptationLoop`.
+
+    Order: ``on_adapt_start``; for each segment ``on_adapt_reset`` (where the plan resets),
+    ``on_adapt_segment_start``, its batches, ``on_adapt_segment_end``; ``on_adapt_end``. Any
+    callback that has a method of such a name is called; deriving from this class is not needed.
+    """
+
+    def on_adapt_start(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Run when the stream starts; the adapter stands at the source model."""
+
+    def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Run after the last batch."""
+
+    def on_adapt_segment_start(self, trainer: Trainer, adapter: Adapter, segment: Segment) -> None:
+        """Run before the first batch of a segment, after its reset."""
+
+    def on_adapt_segment_end(self, trainer: Trainer, adapter: Adapter, segment: Segment) -> None:
+        """Run after the last batch of a segment, before the next one resets the model."""
+
+    def on_adapt_reset(self, trainer: Trainer, adapter: Adapter, reason: str) -> None:
+        """Run after the model returned to the source in mid-stream."""
+
+    def on_adapt_batch_start(
+        self, trainer: Trainer, adapter: Adapter, batch: StreamBatch, batch_idx: int
+    ) -> None:
+        """Run before a batch is predicted."""
+
+    def on_adapt_batch_end(
+        self, trainer: Trainer, adapter: Adapter, logits: Tensor, batch: StreamBatch, batch_idx: int
+    ) -> None:
+        """Run after a batch was predicted and learnt from; ``logits`` are ``[B, C]``."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return what this callback adds to ``metrics.json``, as plain values."""
+        return {}

@@ -1,0 +1,156 @@
+"""What adaptation costs: time, memory, forwards and backwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tta_lightning.adapter import Adapter, unobserved
+from tta_lightning.callbacks.base import AdaptCallback
+from tta_lightning.data.stream import StreamBatch
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+class CostMonitor(AdaptCallback):
+    """Measure inference and update separately, and count forwards and backwards.
+
+    The two phases are those that the method itself marks. Peak memory is that of the device's
+    allocator on CUDA and the highest resident set of the process on Linux; elsewhere it is None.
+    The first batch, which warms caches up, is left out of the seconds a batch where there are more.
+    """
+
+    def __init__(self) -> None:
+        self._hooks: list[RemovableHandle] = []
+        self.images_per_second: float | None = None
+        self._clear()
+
+    def on_adapt_start(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Start to observe the adapter's phases and its network."""
+        self._clear()
+        self._device = adapter.device
+        adapter.phase = self._observe
+        self._hooks = [adapter.network.register_forward_hook(self._count_forward)]
+        self._started = time.perf_counter()
+
+    def on_adapt_batch_start(
+        self, trainer: Trainer, adapter: Adapter, batch: StreamBatch, batch_idx: int
+    ) -> None:
+        """Count the images."""
+        self._batches += 1
+        self._images += len(batch.labels)
+        self._batch_seconds = 0.0
+
+    def on_adapt_batch_end(
+        self, trainer: Trainer, adapter: Adapter, logits: Tensor, batch: StreamBatch, batch_idx: int
+    ) -> None:
+        """Note how fast the batch was."""
+        seconds = self._batch_seconds
+        self.images_per_second = len(batch.labels) / seconds if seconds else None
+
+    def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Stop observing."""
+        self._wall = time.perf_counter() - self._started
+        self._release(adapter)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Stop observing."""
+        self._wall = time.perf_counter() - self._started
+        if isinstance(pl_module, Adapter):
+            self._release(pl_module)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures under ``cost``; seconds and bytes."""
+        seconds = sum(sum(times) for times in self._seconds.values())
+        batches = max(self._batches, 1)
+        phases = {
+            name: {
+                "seconds_per_batch": _mean_after_warm_up(self._seconds[name]),
+                "peak_memory_bytes": self._peaks.get(name),
+            }
+            for name in self._seconds
+        }
+        return {
+            "cost": {
+                "images_per_second": self._images / seconds if seconds else None,
+                "images_per_second_with_loading": self._images / self._wall if self._wall else None,
+                "forwards_per_batch": self._forwards / batches,
+                "backwards_per_batch": self._backwards / batches,
+                **phases,
+            }
+        }
+
+    @contextmanager
+    def _observe(self, phase: str) -> Iterator[None]:
+        _reset_peak(self._device)
+        _synchronise(self._device)
+        start = time.perf_counter()
+        yield
+        _synchronise(self._device)
+        elapsed = time.perf_counter() - start
+        self._batch_seconds += elapsed
+        self._seconds.setdefault(phase, []).append(elapsed)
+        peak = _peak(self._device)
+        if peak is not None:
+            self._peaks[phase] = max(peak, self._peaks.get(phase, 0))
+
+    def _count_forward(self, module: nn.Module, args: Any, logits: Any) -> None:
+        self._forwards += 1
+        if isinstance(logits, Tensor) and logits.requires_grad:
+            logits.register_hook(self._count_backward)
+
+    def _count_backward(self, grad: Tensor) -> None:
+        self._backwards += 1
+
+    def _release(self, adapter: Adapter) -> None:
+        adapter.phase = unobserved
+        for hook in self._hooks:
+            hook.remove()
+
+    def _clear(self) -> None:
+        self._device = torch.device("cpu")
+        self._hooks = []
+        self._batches = self._images = self._forwards = self._backwards = 0
+        self._seconds: dict[str, list[float]] = {}
+        self._peaks: dict[str, int] = {}
+        self._batch_seconds = self._wall = self._started = 0.0
+        self.images_per_second = None
+
+
+def _mean_after_warm_up(times: list[float]) -> float:
+    counted = times[1:] or times
+    return sum(counted) / len(counted)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        _CLEAR_REFS.write_text("5")  # Linux: resets the high-water mark of the resident set
+    except OSError:
+        return
+
+
+def _peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    kilobytes = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(kilobytes[0]) * 1024 if kilobytes else None

@@ -1,0 +1,189 @@
+"""How good the predictions of a stream are: overall, a segment, a domain, and as it goes on."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+from tta_lightning.adapter import Adapter
+from tta_lightning.callbacks.base import AdaptCallback
+from tta_lightning.data.plan import Plan, Segment
+from tta_lightning.data.stream import StreamBatch
+from tta_lightning.functional import Predictions, predictions
+
+
+class PredictionStatistics(Metric):
+    """Accuracy, NLL, calibration error, entropy and confidence of a stream, in constant memory.
+
+    The calibration error is the L1 one of Guo et al. (ICML 2017) over equally wide bins of
+    confidence; torchmetrics' own keeps every confidence it has seen, which a stream without an end
+    cannot afford. A sample with logits that are not finite counts as wrong; NLL, calibration,
+    entropy and confidence are means over the other ones.
+
+    Args:
+        bins: Number of bins of the calibration error.
+    """
+
+    full_state_update = False
+    images: Tensor
+    labelled: Tensor
+    correct: Tensor
+    finite: Tensor
+    nll: Tensor
+    entropy: Tensor
+    confidence: Tensor
+    calibration: Tensor
+
+    def __init__(self, bins: int = 15) -> None:
+        super().__init__()
+        self.bins = bins
+        for name in ("images", "labelled", "correct", "finite"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("nll", "entropy", "confidence"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        # rows: labelled samples, sum of confidences, correct ones
+        self.add_state(
+            "calibration", torch.zeros(3, bins, dtype=torch.float64), dist_reduce_fx="sum"
+        )
+        self.persistent(True)
+
+    def update(self, logits: Tensor, labels: Tensor, found: Predictions | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            logits: ``[B, C]``.
+            labels: ``[B]`` int64, -1 where unknown.
+            found: What the logits say, if that is known already.
+        """
+        found = predictions(logits) if found is None else found
+        known, finite = labels >= 0, found.finite
+        correct, scored = (found.label == labels) & known, known & finite
+        self.images += len(labels)
+        self.labelled += known.sum()
+        self.correct += correct.sum()
+        self.finite += finite.sum()
+        self.entropy += found.entropy[finite].sum(dtype=torch.float64)
+        self.confidence += found.confidence[finite].sum(dtype=torch.float64)
+        log_p = logits[scored].float().log_softmax(dim=1)
+        self.nll -= log_p.gather(1, labels[scored, None]).sum(dtype=torch.float64)
+        confidence = found.confidence[scored].double()
+        bins = (confidence * self.bins).long().clamp_(max=self.bins - 1)
+        rows = torch.stack([torch.ones_like(confidence), confidence, correct[scored].double()])
+        self.calibration.index_add_(1, bins, rows)
+
+    def compute(self) -> dict[str, float | None]:
+        """Return the figures of all batches so far.
+
+        Returns:
+            ``images`` (a count), ``accuracy`` and ``error`` (fractions), ``nll`` and ``entropy``
+            (nats), ``ece`` and ``confidence`` (fractions). None where nothing was labelled or
+            finite.
+        """
+        labelled, finite = int(self.labelled), int(self.finite)
+        scored = float(self.calibration[0].sum())
+        accuracy = int(self.correct) / labelled if labelled else None
+        gap = (self.calibration[1] - self.calibration[2]).abs().sum()
+        return {
+            "images": int(self.images),
+            "accuracy": accuracy,
+            "error": None if accuracy is None else 1 - accuracy,
+            "nll": float(self.nll) / scored if scored else None,
+            "ece": float(gap) / scored if scored else None,
+            "entropy": float(self.entropy) / finite if finite else None,
+            "confidence": float(self.confidence) / finite if finite else None,
+        }
+
+
+class StreamMetrics(AdaptCallback):
+    """Measure the predictions of a stream and log them to the trainer's loggers.
+
+    Figures of :class:`PredictionStatistics` for the whole stream, for each segment and, where a
+    segment mixes domains, for each domain; and the curve of images and correct predictions a batch.
+
+    Args:
+        bins: Number of bins of the calibration error.
+    """
+
+    def __init__(self, bins: int = 15) -> None:
+        self.bins = bins
+        self._clear()
+
+    def on_adapt_start(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Forget an earlier run."""
+        self._clear()
+        self._plan: Plan | None = getattr(getattr(trainer, "datamodule", None), "plan", None)
+
+    def on_adapt_segment_start(self, trainer: Trainer, adapter: Adapter, segment: Segment) -> None:
+        """Start the figures of a segment."""
+        self._current = PredictionStatistics(self.bins)
+        self._segments.append((segment.name, self._current))
+        self._starts.append((segment.name, len(self._images)))
+
+    def on_adapt_batch_end(
+        self, trainer: Trainer, adapter: Adapter, logits: Tensor, batch: StreamBatch, batch_idx: int
+    ) -> None:
+        """Add a batch to every figure it belongs to."""
+        logits, labels = logits.detach().cpu(), batch.labels.cpu()
+        found = predictions(logits)
+        for statistics in (self.overall, self._current):
+            statistics.update(logits, labels, found)
+        if self._plan is not None and len(self._plan.segments) < len(self._plan.domains):
+            self._add_domains(logits, labels, batch.positions)
+        self._images.append(len(labels))
+        self._correct.append(int(((found.label == labels) & (labels >= 0)).sum()))
+        self._entropy.append(float(found.entropy[found.finite].mean()))
+
+    def on_adapt_segment_end(self, trainer: Trainer, adapter: Adapter, segment: Segment) -> None:
+        """Send the figures of the segment to the loggers."""
+        figures = self._current.compute()
+        known = {f"{segment.name}/{key}": v for key, v in figures.items() if v is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(known, step=len(self._images))
+
+    def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Send the figures of the whole stream to the loggers."""
+        known = {f"stream/{key}": v for key, v in self.overall.compute().items() if v is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(known, step=len(self._images))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures: ``overall``, ``segments``, ``domains``, ``curve``."""
+        return {
+            "overall": self.overall.compute(),
+            "segments": [{"segment": name, **s.compute()} for name, s in self._segments],
+            "domains": [{"domain": k, **v.compute()} for k, v in sorted(self._domains.items())],
+            "curve": {
+                "segments": [{"segment": name, "batch": batch} for name, batch in self._starts],
+                "images": self._images.tolist(),
+                "correct": self._correct.tolist() if int(self.overall.labelled) else None,
+                "entropy": [round(value, 5) for value in self._entropy],
+            },
+        }
+
+    @property
+    def running_accuracy(self) -> float | None:
+        """Accuracy of the current segment so far; None without labels."""
+        labelled = int(self._current.labelled)
+        return int(self._current.correct) / labelled if labelled else None
+
+    def _add_domains(self, logits: Tensor, labels: Tensor, positions: Tensor) -> None:
+        assert self._plan is not None
+        ids = torch.from_numpy(self._plan.domain_ids)[positions]
+        for domain_id in ids.unique().tolist():
+            name, here = str(self._plan.domains[domain_id]), ids == domain_id
+            statistics = self._domains.setdefault(name, PredictionStatistics(self.bins))
+            statistics.update(logits[here], labels[here])
+
+    def _clear(self) -> None:
+        self.overall = PredictionStatistics(self.bins)
+        self._current = self.overall
+        self._segments: list[tuple[str, PredictionStatistics]] = []
+        self._domains: dict[str, PredictionStatistics] = {}
+        self._starts: list[tuple[str, int]] = []
+        self._images, self._correct, self._entropy = array("q"), array("q"), array("d")
+        self._plan = None

@@ -1,0 +1,113 @@
+"""One line for every predicted image."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from tta_lightning.adapter import Adapter
+from tta_lightning.callbacks.base import AdaptCallback
+from tta_lightning.data.plan import Segment
+from tta_lightning.data.stream import StreamBatch
+from tta_lightning.functional import predictions
+from tta_lightning.runs import run_folder
+
+COLUMNS = (
+    "index",
+    "path",
+    "segment",
+    "corruption",
+    "severity",
+    "label",
+    "prediction",
+    "confidence",
+    "entropy",
+    "updated",
+)
+
+
+class PredictionWriter(AdaptCallback):
+    """Write ``predictions.csv`` into the run folder, flushed after every batch.
+
+    Columns: index of the image in its source, path, segment, corruption, severity, label (empty
+    when unknown), prediction (-1 where the logits are not finite), confidence, entropy in nats, and
+    whether the batch updated the model (1 or 0).
+
+    Args:
+        filename: Name of the file in the run folder.
+    """
+
+    def __init__(self, filename: str = "predictions.csv") -> None:
+        self.filename = filename
+        self._file: IO[str] | None = None
+        self._segment = ""
+
+    def on_adapt_start(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Open the file."""
+        folder = run_folder(trainer)
+        if folder is None:
+            return
+        self._file = Path(folder, self.filename).open("x", newline="", encoding="utf-8")  # noqa: SIM115
+        self._writer = csv.writer(self._file)
+        self._writer.writerow(COLUMNS)
+
+    def on_adapt_segment_start(self, trainer: Trainer, adapter: Adapter, segment: Segment) -> None:
+        """Note the segment."""
+        self._segment = segment.name
+
+    def on_adapt_batch_end(
+        self, trainer: Trainer, adapter: Adapter, logits: Tensor, batch: StreamBatch, batch_idx: int
+    ) -> None:
+        """Write the rows of a batch."""
+        if self._file is None:
+            return
+        found, labels = predictions(logits), batch.labels.tolist()
+        updated = int(adapter.report.updated)
+        stream: Any = getattr(trainer, "datamodule", None)
+        numbers = zip(
+            batch.positions.tolist(),
+            labels,
+            found.label.tolist(),
+            found.confidence.tolist(),
+            found.entropy.tolist(),
+            strict=True,
+        )
+        for position, label, prediction, confidence, entropy in numbers:
+            self._writer.writerow(
+                [
+                    *_whence(stream, position, self._segment),
+                    "" if label < 0 else label,
+                    prediction,
+                    f"{confidence:.6f}",
+                    f"{entropy:.6f}",
+                    updated,
+                ]
+            )
+        self._file.flush()
+
+    def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Close the file."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Close the file; what was predicted stays."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _whence(stream: Any, position: int, segment: str) -> list[Any]:
+    """Return index, path, segment, corruption and severity of a sample."""
+    plan = getattr(stream, "plan", None)
+    if plan is None:
+        return [position, "", segment, "", ""]
+    index, domain = int(plan.samples[position]), plan.domain(position)
+    path = stream.source.path(index, domain.corruption, domain.severity)
+    return [index, path, segment, domain.corruption, domain.severity]

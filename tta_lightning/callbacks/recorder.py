@@ -1,0 +1,146 @@
+"""What a run folder says about its run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from tta_lightning.adapter import Adapter
+from tta_lightning.callbacks.base import AdaptCallback
+from tta_lightning.describe import plain
+from tta_lightning.models.classifier import describe, weights_hash
+from tta_lightning.runs import run_folder, write_atomically, write_json
+
+PACKAGES = ("tta_lightning", "torch", "torchvision", "lightning", "torchmetrics", "timm", "numpy")
+
+
+class RunRecorder(AdaptCallback):
+    """Write ``manifest.json`` at the start; ``metrics.json``, ``.csv``, ``curves.png`` at the end.
+
+    The manifest holds what makes two runs comparable: method and hyper-parameters, model with the
+    hash of its weights and its normalisation constants, the stream with the digest of its plan,
+    batch size and reset policy, precision, versions, device. A run that stops early still writes
+    its metrics, marked ``"completed": false`` with the reason.
+    """
+
+    def on_adapt_start(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Write the manifest."""
+        folder = run_folder(trainer)
+        if folder is not None:
+            write_json(folder / "manifest.json", self.manifest(trainer, adapter))
+
+    def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Write the figures of the run."""
+        self._write(trainer, stopped=None)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Write the figures of what was done before the run stopped."""
+        self._write(trainer, stopped=f"{type(exception).__name__}: {exception}")
+
+    def manifest(self, trainer: Trainer, adapter: Adapter) -> dict[str, Any]:
+        """Describe a run as plain values.
+
+        Args:
+            trainer: The trainer that runs it.
+            adapter: The method, standing at the source model.
+
+        Returns:
+            What ``manifest.json`` holds.
+        """
+        stream: Any = getattr(trainer, "datamodule", None)
+        info = describe(adapter.network)
+        return {
+            "method": adapter.describe(),
+            "model": {
+                "name": info.name,
+                "num_classes": info.num_classes,
+                "input_size": info.input_size,
+                "mean": plain(info.mean),
+                "std": plain(info.std),
+                "weights_sha256": weights_hash(adapter.network),
+                "adapted_parameters": sum(p.numel() for p in adapter.adapted_parameters.values()),
+            },
+            "stream": stream.describe() if hasattr(stream, "describe") else None,
+            "callbacks": sorted(type(callback).__name__ for callback in _callbacks(trainer)),
+            "precision": str(trainer.precision),
+            "device": _device_name(adapter.device),
+            "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in PACKAGES},
+            },
+            "command": sys.argv,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def results(self, trainer: Trainer, stopped: str | None = None) -> dict[str, Any]:
+        """Collect the figures of all callbacks.
+
+        Args:
+            trainer: The trainer that ran.
+            stopped: Why the run ended early; None if it did not.
+
+        Returns:
+            What ``metrics.json`` holds.
+        """
+        loop: Any = trainer.test_loop
+        results: dict[str, Any] = {
+            "completed": stopped is None,
+            "stopped": stopped,
+            "batches": loop.completed_batches,
+            "nonfinite_batches": loop.nonfinite_batches,
+            "bad_images": {
+                "count": len(loop.bad_images),
+                "files": [reason for _, reason in loop.bad_images],
+            },
+        }
+        for callback in _callbacks(trainer):
+            if isinstance(callback, AdaptCallback):
+                results.update(callback.summary())
+        return results
+
+    def _write(self, trainer: Trainer, stopped: str | None) -> None:
+        folder = run_folder(trainer)
+        if folder is None or not hasattr(trainer.test_loop, "completed_batches"):
+            return
+        if trainer.test_loop.completed_batches == 0:
+            return
+        results = self.results(trainer, stopped)
+        write_json(folder / "metrics.json", results)
+        if "segments" in results:
+            write_atomically(folder / "metrics.csv", _table(results["segments"]))
+            _draw(folder, results)
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _draw(folder: Path, results: dict[str, Any]) -> None:
+    from tta_lightning.report.plots import draw_curves  # matplotlib takes a second to import
+
+    write_atomically(folder / "curves.png", draw_curves({folder.name: results}))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine() or device.type

@@ -1,0 +1,133 @@
+"""The command line: ``tta fit``, ``tta validate``, ``tta test``, ``tta adapt``, ``tta compare``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from tta_lightning.adapter import Adapter
+from tta_lightning.errors import InputError
+from tta_lightning.explain import explain, input_error_behind
+from tta_lightning.report.compare import compare
+from tta_lightning.runs import run_folder, write_atomically
+from tta_lightning.trainer import Trainer
+
+DESCRIPTION = """Train models to adapt, and adapt them online.
+
+  tta fit     -c configs/fit/digits_bn.yaml
+  tta adapt   -c configs/adapt/tent.yaml -c configs/stream/digits.yaml --model.network model.ckpt
+  tta compare runs/source runs/tent
+"""
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Write the configuration of a run into its folder, as ``config.yaml``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        folder = run_folder(trainer)
+        if folder is not None:
+            text = self.parser.dump(self.config, skip_none=False)
+            write_atomically(folder / self.config_filename, text)
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong in a sentence, and takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise input_error_behind(ex) or InputError(explain(message, self))
+
+
+class TTACLI(LightningCLI):
+    """LightningCLI with the verb ``adapt``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Name the verbs, and for each the arguments that come from model and data."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+            "test": {"model", "dataloaders", "datamodule"},
+            "adapt": {"model", "dataloaders", "datamodule"},
+        }
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse arguments, given here or those of the process."""
+        self.config = parser.parse_args(args)
+
+    def before_test(self) -> None:
+        """Refuse to test an adapter before anything runs."""
+        self._refuse_adapter()
+
+    def before_validate(self) -> None:
+        """Refuse to validate an adapter before anything runs."""
+        self._refuse_adapter()
+
+    def before_fit(self) -> None:
+        """Refuse to fit an adapter before anything runs."""
+        self._refuse_adapter()
+
+    def _refuse_adapter(self) -> None:
+        if isinstance(self.model, Adapter):
+            raise InputError(
+                f"{type(self.model).__name__} is a test-time adaptation method: `tta "
+                f"{self.subcommand}` is not for it. Use `tta adapt` with the same options."
+            )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        Exit code: 0, or 2 when something given was wrong.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    _hide_advertisements()
+    try:
+        if arguments[:1] == ["compare"]:
+            return compare(arguments[1:])
+        TTACLI(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            save_config_callback=_SaveConfig,
+            seed_everything_default=0,
+            parser_class=_Parser,
+            parser_kwargs={"description": DESCRIPTION},
+            auto_configure_optimizers=False,
+            args=arguments,
+        )
+    except Exception as error:
+        known = input_error_behind(error)
+        if known is None:
+            raise
+        sys.stderr.write(f"error: {_without_worker(known)}\n")
+        return 2
+    return 0
+
+
+def _without_worker(error: InputError) -> str:
+    """Drop what a worker process wraps around the message of an error."""
+    text = str(error)
+    return text.rsplit("InputError: ", 1)[-1].strip() if "DataLoader worker" in text else text
+
+
+def _hide_advertisements() -> None:
+    """Drop Lightning's tips on other products from its log."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: "Tip:" not in record.getMessage())

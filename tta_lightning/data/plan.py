@@ -1,0 +1,180 @@
+"""The plan of a stream: which image comes when, under which corruption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tta_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A corruption at a severity; ``Domain("none", 0)`` is the image as it is."""
+
+    corruption: str
+    severity: int
+
+    def __str__(self) -> str:
+        return self.corruption if self.severity == 0 else f"{self.corruption}-{self.severity}"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the stream that batches do not cross.
+
+    Attributes:
+        name: What it is called in tables, e.g. ``"fog-5"``.
+        start: Position of its first sample.
+        stop: Position after its last sample.
+        reset: Whether the model returns to the source before it.
+    """
+
+    name: str
+    start: int
+    stop: int
+    reset: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ordered list of samples; the same plan gives the same stream.
+
+    Attributes:
+        scenario: The scenario it was made by.
+        samples: Index of each sample in its source, ``[N]`` int64.
+        domain_ids: Position of each sample's domain in ``domains``, ``[N]`` int64.
+        domains: The domains that occur.
+        segments: Consecutive and covering; see :class:`Segment`.
+    """
+
+    scenario: str
+    samples: NDArray[np.int64]
+    domain_ids: NDArray[np.int64]
+    domains: tuple[Domain, ...]
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.samples) != len(self.domain_ids):
+            raise InputError(
+                f"A plan needs one domain a sample, got {len(self.samples)} samples and "
+                f"{len(self.domain_ids)} domains."
+            )
+        edges = [0, *(segment.stop for segment in self.segments)]
+        starts = [segment.start for segment in self.segments]
+        if starts != edges[:-1] or edges[-1] != len(self.samples):
+            raise InputError("The segments of a plan must follow each other and cover all samples.")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def domain(self, position: int) -> Domain:
+        """Return the domain of the sample at a position of the stream."""
+        return self.domains[int(self.domain_ids[position])]
+
+    def segment_at(self, position: int) -> int:
+        """Return the number of the segment that holds a position of the stream."""
+        stops = [segment.stop for segment in self.segments]
+        return int(np.searchsorted(stops, position, side="right"))
+
+    def batches(self, batch_size: int) -> Iterator[range]:
+        """Yield the positions of each batch; the last one of a segment may be short."""
+        for segment in self.segments:
+            for start in range(segment.start, segment.stop, batch_size):
+                yield range(start, min(start + batch_size, segment.stop))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values."""
+        return {
+            "scenario": self.scenario,
+            "samples": self.samples.tolist(),
+            "domain_ids": self.domain_ids.tolist(),
+            "domains": [[d.corruption, d.severity] for d in self.domains],
+            "segments": [[s.name, s.start, s.stop, s.reset] for s in self.segments],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        """Build a plan from what :meth:`to_dict` returned.
+
+        Raises:
+            InputError: A field is missing or does not fit.
+        """
+        try:
+            return cls(
+                scenario=str(values["scenario"]),
+                samples=np.asarray(values["samples"], dtype=np.int64),
+                domain_ids=np.asarray(values["domain_ids"], dtype=np.int64),
+                domains=tuple(Domain(str(c), int(s)) for c, s in values["domains"]),
+                segments=tuple(
+                    Segment(str(n), int(a), int(b), bool(r)) for n, a, b, r in values["segments"]
+                ),
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"Not a plan: {error!r}. Expected what Plan.save wrote, with the fields scenario, "
+                "samples, domain_ids, domains and segments."
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            InputError: The file is missing or holds no plan.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise InputError(
+                f"No plan at {path}: {error.strerror}. Give an existing file."
+            ) from error
+        except ValueError as error:
+            raise InputError(
+                f"{path} is not JSON: {error}. Expected what Plan.save wrote."
+            ) from error
+        return cls.from_dict(values)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan: equal digests, equal streams."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def concatenate(
+    scenario: str,
+    orders: Sequence[NDArray[np.int64]],
+    domains: Sequence[Domain],
+    *,
+    reset: bool,
+) -> Plan:
+    """Make a plan with one segment a domain.
+
+    Args:
+        scenario: Name of the scenario.
+        orders: For each domain the sample indices in their order.
+        domains: The domains, in the order of the stream.
+        reset: Whether the model returns to the source before each segment.
+
+    Returns:
+        The plan.
+    """
+    stops = np.cumsum([len(order) for order in orders]).tolist()
+    segments = tuple(
+        Segment(str(domain), stop - len(order), stop, reset)
+        for domain, order, stop in zip(domains, orders, stops, strict=True)
+    )
+    ids = np.repeat(np.arange(len(domains)), [len(order) for order in orders])
+    return Plan(scenario, np.concatenate(orders), ids, tuple(domains), segments)

@@ -1,0 +1,286 @@
+"""The stream: a data module that serves a plan, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tta_lightning.data import corruptions as corruption_module
+from tta_lightning.data.corruptions import CLEAN, corrupt
+from tta_lightning.data.datasets import BadImageError, ImageSource
+from tta_lightning.data.geometry import Geometry, ImageSize, geometry
+from tta_lightning.data.plan import Domain, Plan
+from tta_lightning.data.scenarios import SCENARIOS
+from tta_lightning.describe import constructor_arguments
+from tta_lightning.errors import InputError, unknown_name
+
+CORRUPTION_SETS = {
+    "common": corruption_module.COMMON,
+    "extra": corruption_module.EXTRA,
+    "all": corruption_module.ALL,
+}
+
+
+class StreamBatch(NamedTuple):
+    """One batch of a stream.
+
+    Attributes:
+        images: ``[B, 3, H, W]`` float32 in [0, 1].
+        labels: ``[B]`` int64, -1 where unknown. The loop keeps them from every method.
+        positions: ``[B]`` int64 on the CPU, the place of each sample in the plan.
+        bad: Position and reason of each image of this batch that could not be read.
+    """
+
+    images: Tensor
+    labels: Tensor
+    positions: Tensor
+    bad: tuple[tuple[int, str], ...] = ()
+
+
+class Stream(LightningDataModule):
+    """Images in the order of a plan, as a model meets them after deployment.
+
+    Args:
+        source: Where images come from.
+        scenario: ``reset_each_shift``, ``continual`` or ``mixed_domains``.
+        corruptions: Names in the order of the stream, or ``common`` (the 15 of the tables),
+            ``extra`` (the 4 for tuning), ``all``; None streams the images as they are (for a source
+            with corruptions on disk: all of them).
+        severity: 1 to 5, for every corruption.
+        batch_size: Images a batch; the last batch of a segment may be smaller.
+        limit: How many images of the source to use; None for all.
+        subset: ``sample`` draws those ``limit`` images with the seed, ``first`` takes the first.
+        seed: Decides subset, order and the noise of the corruptions.
+        table: Severity table of corruptions made on the fly: ``imagenet`` or ``cifar``.
+        image_size: Side in px to resize and crop to before corrupting; ``model`` for the size the
+            model was made for, ``keep`` to leave images as they are.
+        crop_pct: Part of the resized image that the centre crop keeps; None for the model's own.
+        on_bad_image: ``stop`` ends the run at an image that cannot be read, ``skip`` leaves it out
+            and counts it.
+        num_workers: Processes that load and corrupt; the stream does not depend on it.
+        clean: Images for methods that look at clean ones before the stream; labels are not used.
+        plan: A file written by ``Plan.save`` that replaces scenario, corruptions, severity, limit,
+            subset and the order.
+
+    Raises:
+        InputError: An argument is not possible, or the source lacks a corruption.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        scenario: str = "reset_each_shift",
+        corruptions: str | list[str] | None = None,
+        severity: int = 5,
+        batch_size: int = 64,
+        limit: int | None = None,
+        subset: Literal["sample", "first"] = "sample",
+        seed: int = 0,
+        table: Literal["imagenet", "cifar"] = "imagenet",
+        image_size: ImageSize = "model",
+        crop_pct: float | None = None,
+        on_bad_image: Literal["stop", "skip"] = "stop",
+        num_workers: int = 0,
+        clean: ImageSource | None = None,
+        plan: str | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise InputError(f"batch_size = {batch_size}: expected 1 or more.")
+        if limit is not None and limit < 1:
+            raise InputError(f"limit = {limit}: expected 1 or more, or none for all images.")
+        if scenario not in SCENARIOS:
+            raise unknown_name("scenario", scenario, SCENARIOS)
+        self.source = source
+        self.scenario = scenario
+        self.corruptions = corruptions
+        self.severity = severity
+        self.batch_size = batch_size
+        self.limit = limit
+        self.subset = subset
+        self.seed = seed
+        self.table = table
+        self.image_size = image_size
+        self.crop_pct = crop_pct
+        self.on_bad_image = on_bad_image
+        self.num_workers = num_workers
+        self.clean = clean
+        self.plan = self._make_plan() if plan is None else Plan.load(plan)
+        self._check_plan()
+        self.geometry = geometry(image_size, crop_pct, None, 1.0, "bilinear")
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes in the order of the labels; None when unknown."""
+        return self.source.classes
+
+    def suit(self, input_size: int | None, crop_pct: float, interpolation: str) -> None:
+        """Take over what the model was made for, where the user left it to the model.
+
+        Args:
+            input_size: Side in px, None if the model takes any.
+            crop_pct: Part of the resized image that the model's evaluation crop keeps.
+            interpolation: Of the resizing.
+        """
+        self.geometry = geometry(
+            self.image_size, self.crop_pct, input_size, crop_pct, interpolation
+        )
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Serve the plan."""
+        dataset = _PlanDataset(self.source, self.plan, self.geometry, self.table, self.seed)
+        return DataLoader(
+            dataset,
+            batch_sampler=_PlanBatches(self.plan, self.batch_size),
+            num_workers=self.num_workers,
+            collate_fn=_collate,
+            persistent_workers=False,
+        )
+
+    def clean_batches(self) -> Iterator[Tensor]:
+        """Yield the clean images in batches ``[B, 3, H, W]``, in the geometry of the stream.
+
+        Raises:
+            InputError: The stream was made without clean images.
+        """
+        if self.clean is None:
+            raise InputError(
+                "This method looks at clean, unlabelled images before the stream, and none were "
+                "given. Set `clean` of the stream to a source of clean images."
+            )
+        everything = np.arange(len(self.clean), dtype=np.int64)
+        plan = SCENARIOS["continual"](
+            everything, [Domain(CLEAN, 0)], np.random.default_rng(self.seed)
+        )
+        dataset = _PlanDataset(self.clean, plan, self.geometry, self.table, self.seed)
+        for positions in plan.batches(self.batch_size):
+            batch = _collate([dataset[position] for position in positions])
+            if batch.bad:
+                raise InputError(f"A clean image cannot be used: {batch.bad[0][1]}")
+            yield batch.images
+
+    def describe(self) -> dict[str, Any]:
+        """Say what stream this is, as plain values for a manifest."""
+        return {
+            **constructor_arguments(self, skip=("source", "clean", "plan", "num_workers")),
+            "scenario": self.plan.scenario,
+            "source": self.source.describe(),
+            "clean": None if self.clean is None else self.clean.describe(),
+            "images": len(self.plan),
+            "domains": [str(domain) for domain in self.plan.domains],
+            "resets": [segment.name for segment in self.plan.segments if segment.reset],
+            "geometry": constructor_arguments(self.geometry),
+            "plan_sha256": self.plan.digest,
+        }
+
+    def _make_plan(self) -> Plan:
+        rng = np.random.default_rng(self.seed)
+        order = np.arange(len(self.source), dtype=np.int64)
+        if self.limit is not None and self.limit < len(order):
+            order = rng.permutation(order) if self.subset == "sample" else order
+            order = np.sort(order[: self.limit])
+        return SCENARIOS[self.scenario](order, self._domains(), rng)
+
+    def _domains(self) -> list[Domain]:
+        names = self.corruptions
+        if names is None:
+            if self.source.domains is None:
+                return [Domain(CLEAN, 0)]
+            stored = [Domain(*pair) for pair in self.source.domains]
+            at_severity = [domain for domain in stored if domain.severity == self.severity]
+            if not at_severity:
+                raise InputError(
+                    f"The source holds no corruption at severity {self.severity}. It holds: "
+                    f"{', '.join(map(str, stored))}."
+                )
+            return at_severity
+        listed = CORRUPTION_SETS.get(names, [names]) if isinstance(names, str) else names
+        if not listed:
+            raise InputError("corruptions is an empty list: name at least one, or leave it out.")
+        return [Domain(name, 0 if name == CLEAN else self.severity) for name in listed]
+
+    def _check_plan(self) -> None:
+        stored = self.source.domains
+        for domain in self.plan.domains:
+            if stored is None:
+                corruption_module.check(domain.corruption, domain.severity, self.table)
+            elif (domain.corruption, domain.severity) not in stored:
+                names = [str(Domain(*pair)) for pair in stored]
+                raise unknown_name("corruption of this source", str(domain), names)
+        if len(self.plan) and int(self.plan.samples.max()) >= len(self.source):
+            raise InputError(
+                f"The plan asks for image {int(self.plan.samples.max())}, but the source holds "
+                f"{len(self.source)}. Use the plan with the source it was made for."
+            )
+
+
+class _Sample(NamedTuple):
+    image: NDArray[np.uint8] | None
+    label: int
+    position: int
+    error: str
+
+
+class _PlanDataset(Dataset[_Sample]):
+    """Position in the plan to image; an image that cannot be read is handed on as a reason."""
+
+    def __init__(
+        self, source: ImageSource, plan: Plan, size: Geometry, table: str, seed: int
+    ) -> None:
+        self.source, self.plan, self.geometry = source, plan, size
+        self.table, self.seed = table, seed
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, position: int) -> _Sample:
+        index, domain = int(self.plan.samples[position]), self.plan.domain(position)
+        label = int(self.source.labels[index])
+        try:
+            if self.source.domains is not None:
+                stored = self.source.load(index, domain.corruption, domain.severity)
+                return _Sample(self.geometry(stored), label, position, "")
+            image = self.geometry(self.source.load(index))
+        except BadImageError as error:
+            return _Sample(None, label, position, str(error))
+        image = corrupt(
+            image, domain.corruption, domain.severity, index=index, seed=self.seed, table=self.table
+        )
+        return _Sample(image, label, position, "")
+
+
+class _PlanBatches(Sampler[list[int]]):
+    def __init__(self, plan: Plan, batch_size: int) -> None:
+        self.plan, self.batch_size = plan, batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(positions) for positions in self.plan.batches(self.batch_size))
+
+    def __len__(self) -> int:
+        return sum(-(-(s.stop - s.start) // self.batch_size) for s in self.plan.segments)
+
+
+def _collate(samples: Sequence[_Sample]) -> StreamBatch:
+    good = [sample for sample in samples if sample.image is not None]
+    images = [sample.image for sample in good if sample.image is not None]
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        sizes = ", ".join(sorted(f"{w} x {h}" for h, w, _ in shapes))
+        raise InputError(
+            f"The images of a batch differ in size ({sizes} px), and the model does not say which "
+            "it was made for. Set image_size of the stream to a side in px."
+        )
+    pixels = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+    return StreamBatch(
+        images=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(255),
+        labels=torch.tensor([sample.label for sample in good], dtype=torch.int64),
+        positions=torch.tensor([sample.position for sample in good], dtype=torch.int64),
+        bad=tuple((s.position, s.error) for s in samples if s.image is None),
+    )

@@ -1,0 +1,100 @@
+"""Turning what an argument parser says into a sentence that a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import lightning.pytorch
+from lightning.pytorch.cli import LightningArgumentParser
+
+from tta_lightning import callbacks, data, meta, methods, rules
+from tta_lightning.errors import InputError
+
+_OPTION = re.compile(
+    r"Option '(?P<a>[\w.]+)' is not accepted"
+    r"|[Uu]nrecognized arguments: --?(?P<b>[\w.]+)"
+    r"|Key '(?P<c>[\w.]+)' is not expected"
+    r"|does not accept (?:option|nested key) '(?P<d>[\w.]+)'"
+)
+_CLASS = re.compile(
+    r"(?:Expected a dot import path string|Unable to import|No module named|Import path)"
+    r":? '?\"?(?P<name>[\w.]+)"
+)
+
+
+def input_error_behind(error: BaseException | None) -> InputError | None:
+    """Find the sentence of ours that a parser has wrapped into its own exceptions."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def explain(message: str, parser: LightningArgumentParser) -> str:
+    """Shorten a parser's message, and name the nearest option or class where one is unknown.
+
+    Args:
+        message: What the parser says.
+        parser: The parser, whose options are suggested.
+
+    Returns:
+        The message for the user.
+    """
+    option = _OPTION.search(message)
+    if option:
+        name = next(value for value in option.groupdict().values() if value is not None)
+        return f"Unknown option {name!r}.{_nearest(name, _options(parser))} See --help."
+    found = _CLASS.search(message)
+    if found:
+        name = found["name"]
+        return f"Unknown class {name!r}.{_nearest(name, _classes())} Give a class or a full path."
+    return _without_noise(message)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = sorted(set(known))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if not close:  # the last part of a dotted name
+        close = difflib.get_close_matches(name.rpartition(".")[2], names, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _options(parser: LightningArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield action.dest
+        yield action.dest.rpartition(".")[2]
+    for name in _classes():
+        yield from inspect.signature(_find(name)).parameters
+    yield from inspect.signature(lightning.pytorch.Trainer).parameters
+
+
+def _classes() -> list[str]:
+    names = (name for package in _PACKAGES for name in package.__all__)
+    return [n for n in names if inspect.isclass(_find(n)) and not issubclass(_find(n), Exception)]
+
+
+def _find(name: str) -> Any:
+    return next(getattr(package, name) for package in _PACKAGES if name in package.__all__)
+
+
+_PACKAGES = (methods, rules, data, meta, callbacks)
+
+
+def _without_noise(message: str) -> str:
+    """Drop the lines that only say how the parser tried."""
+    noise = (
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Given value",
+        "- Expected a <class 'None",
+    )
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(
+        line.removeprefix("- ") for line in lines if line and not line.startswith(noise)
+    )

@@ -1,0 +1,227 @@
+"""The loop that infers and then updates on every batch.
+
+The only module that imports private names of Lightning. ``tests/loops/test_private_names.py``
+checks them against the installed release, so that a change there is noticed by a test and not by a
+user.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from tta_lightning.adapter import Adapter
+from tta_lightning.data.classes import class_indices
+from tta_lightning.data.plan import Plan, Segment
+from tta_lightning.data.stream import StreamBatch
+from tta_lightning.errors import InputError
+from tta_lightning.models.classifier import describe
+
+
+class AdaptationLoop(_EvaluationLoop):
+    """Drive an :class:`~tta_lightning.adapter.Adapter` over a stream.
+
+    Per batch: segment hooks and resets, ``on_test_batch_start`` and ``on_adapt_batch_start``, then
+    ``adapt_step`` on the images alone, then ``on_adapt_batch_end`` and ``on_test_batch_end``.
+    Labels stay in the loop: callbacks see them, the adapter does not. Hooks of stock callbacks run
+    as they do under ``Trainer.test``; our own are listed in
+    :class:`~tta_lightning.callbacks.AdaptCallback`.
+
+    Attributes:
+        bad_images: Position and reason of each image that could not be read.
+        nonfinite_batches: Number of batches that were predicted but gave no finite loss.
+        segment: The stretch of the stream that is running; None outside.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(
+            trainer, TrainerFn.TESTING, RunningStage.TESTING, verbose=False, inference_mode=False
+        )
+        self.segment: Segment | None = None
+        self.bad_images: list[tuple[int, str]] = []
+        self.nonfinite_batches = 0
+        self._seen = 0
+
+    @property
+    def adapter(self) -> Adapter:
+        """The method that runs."""
+        adapter = self.trainer.lightning_module
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the stream; None when plain dataloaders are adapted to."""
+        return getattr(self._stream, "plan", None)
+
+    @property
+    def completed_batches(self) -> int:
+        """Number of batches that were predicted and, where the method does, learnt from."""
+        return int(self.batch_progress.current.completed)
+
+    def on_run_start(self) -> None:
+        """Start from the source model, then run the start hooks."""
+        adapter = self.adapter
+        self._align_classes()
+        adapter.reset()
+        if is_overridden("prepare", adapter, parent=Adapter):
+            with torch.enable_grad():
+                adapter.prepare(self._clean_batches())
+        super().on_run_start()
+        self._hook("on_adapt_start")
+
+    def on_run_end(self) -> Any:
+        """Run the end hooks."""
+        self._leave_segment()
+        self._hook("on_adapt_end")
+        return super().on_run_end()
+
+    def _evaluation_step(
+        self, batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Iterator[Any] | None
+    ) -> None:
+        trainer = self.trainer
+        if trainer.should_stop:
+            raise StopIteration
+        batch = self._as_stream_batch(batch)
+        self._note_bad_images(batch)
+        if len(batch.labels) == 0:
+            return
+        self._enter_segment(batch)
+        batch = self._to_device(batch)
+
+        self.batch_progress.increment_ready()
+        trainer._logger_connector.on_batch_start(batch)
+        call._call_callback_hooks(trainer, "on_test_batch_start", batch, batch_idx)
+        self._hook("on_adapt_batch_start", batch, batch_idx)
+        self.batch_progress.increment_started()
+
+        with torch.enable_grad(), trainer.precision_plugin.test_step_context():
+            logits = self.adapter.adapt_step(batch.images)
+        self._check_width(logits)
+        self.nonfinite_batches += "not finite" in self.adapter.report.reason
+        self.batch_progress.increment_processed()
+
+        self._hook("on_adapt_batch_end", logits, batch, batch_idx)
+        call._call_callback_hooks(trainer, "on_test_batch_end", logits, batch, batch_idx)
+        trainer._logger_connector.on_batch_end()
+        self.batch_progress.increment_completed()
+        self._has_run = True
+        trainer._logger_connector.update_eval_step_metrics(self._seen_batches_per_dataloader[0])
+        self._seen_batches_per_dataloader[0] += 1
+        if trainer.received_sigterm:
+            raise SIGTERMException
+
+    # Batches -------------------------------------------------------------------------------------
+
+    def _as_stream_batch(self, batch: Any) -> StreamBatch:
+        """Give images, or images and labels, of any dataloader the form of a stream's batch."""
+        if isinstance(batch, StreamBatch):
+            return batch
+        images, labels = batch if isinstance(batch, list | tuple) else (batch, None)
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            raise InputError(
+                "adapt needs batches of images [B, 3, H, W], alone or as (images, labels); this "
+                f"dataloader gave {type(images).__name__}."
+            )
+        positions = torch.arange(self._seen, self._seen + len(images))
+        self._seen += len(images)
+        if labels is None:
+            labels = torch.full((len(images),), -1, dtype=torch.int64)
+        return StreamBatch(images, labels, positions)
+
+    def _to_device(self, batch: StreamBatch) -> StreamBatch:
+        """Move a batch; only the images pass through hooks of the adapter."""
+        trainer, images = self.trainer, batch.images
+        images = trainer.precision_plugin.convert_input(images)
+        images = self.adapter._on_before_batch_transfer(images, dataloader_idx=0)
+        images = call._call_strategy_hook(trainer, "batch_to_device", images, dataloader_idx=0)
+        return batch._replace(images=images, labels=batch.labels.to(images.device))
+
+    def _note_bad_images(self, batch: StreamBatch) -> None:
+        for position, reason in batch.bad:
+            if getattr(self._stream, "on_bad_image", "stop") == "stop":
+                raise InputError(
+                    f"{reason} The run stopped there; predictions so far are kept. Mend or remove "
+                    "the file, or set on_bad_image: skip to leave such images out."
+                )
+            self.bad_images.append((position, reason))
+            warnings.warn(f"Left out: {reason}", stacklevel=2)
+
+    # Segments ------------------------------------------------------------------------------------
+
+    def _enter_segment(self, batch: StreamBatch) -> None:
+        segment = self._segment_of(batch)
+        if segment == self.segment:
+            return
+        first = self.segment is None
+        self._leave_segment()
+        if segment.reset and not first:
+            self.adapter.reset()
+            self._hook("on_adapt_reset", f"segment {segment.name}")
+        self.segment = segment
+        self._hook("on_adapt_segment_start", segment)
+
+    def _leave_segment(self) -> None:
+        if self.segment is not None:
+            self._hook("on_adapt_segment_end", self.segment)
+            self.segment = None
+
+    def _segment_of(self, batch: StreamBatch) -> Segment:
+        if self.plan is None:
+            return self.segment or Segment("stream", 0, 0, reset=False)
+        return self.plan.segments[self.plan.segment_at(int(batch.positions[0]))]
+
+    # Classes -------------------------------------------------------------------------------------
+
+    def _align_classes(self) -> None:
+        """Restrict the network's outputs to the classes of the stream, by name."""
+        names = getattr(self._stream, "classes", None)
+        known = describe(self.adapter.network).class_names
+        if names is None or known is None or tuple(names) == tuple(known):
+            self.adapter.restrict_classes(None)
+        else:
+            self.adapter.restrict_classes(class_indices(names, known))
+
+    def _check_width(self, logits: Tensor) -> None:
+        names = getattr(self._stream, "classes", None)
+        if names is not None and logits.shape[1] != len(names):
+            raise InputError(
+                f"The model gives {logits.shape[1]} logits, but the stream has {len(names)} "
+                f"classes ({', '.join(list(names)[:3])}, ...). Use a model that was trained on "
+                "these classes, or one that knows their names."
+            )
+
+    # Plumbing ------------------------------------------------------------------------------------
+
+    @property
+    def _stream(self) -> LightningDataModule | None:
+        return getattr(self.trainer, "datamodule", None)
+
+    def _clean_batches(self) -> Iterator[Tensor]:
+        batches = getattr(self._stream, "clean_batches", None)
+        if batches is None:
+            raise InputError(
+                f"{type(self.adapter).__name__} looks at clean images before the stream: give a "
+                "datamodule with `clean_batches`, such as Stream(clean=...)."
+            )
+        for images in batches():
+            yield images.to(self.adapter.device)
+
+    def _hook(self, name: str, *args: Any) -> None:
+        """Call a hook of ours on every callback that has it; stock ones do not."""
+        trainer: Any = self.trainer  # Lightning sets these attributes where no checker sees them
+        for callback in trainer.callbacks:
+            hook = getattr(callback, name, None)
+            if callable(hook):
+                with trainer.profiler.profile(f"[Callback]{type(callback).__name__}.{name}"):
+                    hook(trainer, self.adapter, *args)

@@ -1,0 +1,5 @@
+"""What runs under ``fit``: training models, and training them to adapt."""
+
+from tta_lightning.meta.source import SourceTraining
+
+__all__ = ["SourceTraining"]

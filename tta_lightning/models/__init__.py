@@ -1,0 +1,20 @@
+"""Networks: images ``[B, 3, H, W]`` in [0, 1] to logits ``[B, C]``, normalisation inside."""
+
+from tta_lightning.models.classifier import Classifier, ModelInfo, describe, weights_hash
+from tta_lightning.models.convnet import SmallConvNet
+from tta_lightning.models.heads import FeatureCapture, Head, capture_features, find_head
+from tta_lightning.models.loading import checkpoint_record, load_model
+
+__all__ = [
+    "Classifier",
+    "FeatureCapture",
+    "Head",
+    "ModelInfo",
+    "SmallConvNet",
+    "capture_features",
+    "checkpoint_record",
+    "describe",
+    "find_head",
+    "load_model",
+    "weights_hash",
+]

@@ -1,0 +1,75 @@
+"""The contract of an update rule."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tta_lightning.errors import InputError
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+RuleState: TypeAlias = dict[str, Any]  # nested dicts of tensors, nothing else
+
+
+class UpdateRule(nn.Module, ABC):
+    """Two pure functions: make a state, and turn gradients into updates.
+
+    A rule holds its hyper-parameters, and a learned rule its weights; what changes from step to
+    step is in the state that goes in and comes out. Nothing is modified in place and nothing is
+    detached, so the same :meth:`update` runs without a graph when a model adapts and with one when
+    the rule is meta-trained.
+    """
+
+    @abstractmethod
+    def init(self, params: Tensors) -> RuleState:
+        """Make the state before the first step.
+
+        Args:
+            params: Parameter name to tensor; gives shapes, dtypes and devices.
+
+        Returns:
+            Nested dicts of tensors.
+        """
+
+    @abstractmethod
+    def update(
+        self, grads: Tensors, state: RuleState, params: Tensors
+    ) -> tuple[dict[str, Tensor], RuleState]:
+        """Turn gradients into updates.
+
+        Args:
+            grads: Gradient of each parameter, same shapes. A parameter without an entry took no
+                part in the loss: it gets no update and its state stays.
+            state: What :meth:`init` or the step before returned.
+            params: The parameters that the gradients belong to.
+
+        Returns:
+            Updates, which are *added* to the parameters, and the next state.
+        """
+
+
+def step_counter(params: Tensors) -> Tensor:
+    """Make a counter of steps at 0, on the device of the parameters.
+
+    It has their widest precision: the bias corrections of Adam are computed from it.
+    """
+    tensors = list(params.values())
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    device = tensors[0].device if tensors else None
+    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
+
+
+def require(name: str, value: float, low: float, high: float | None = None) -> float:
+    """Return a hyper-parameter that lies in ``[low, high)``, else raise.
+
+    Raises:
+        InputError: Names the hyper-parameter, its value and its range.
+    """
+    if not value >= low or (high is not None and not value < high):
+        upper = "inf" if high is None else f"{high:g}"
+        raise InputError(f"{name} = {value} is out of range: expected {low:g} <= {name} < {upper}.")
+    return value

@@ -1,0 +1,179 @@
+"""Lightning's trainer with a third verb: fit, test, adapt."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from tta_lightning.adapter import Adapter
+from tta_lightning.callbacks import (
+    AdaptationProgress,
+    AdaptCallback,
+    CostMonitor,
+    PredictionWriter,
+    RunRecorder,
+    StreamMetrics,
+)
+from tta_lightning.errors import InputError
+from tta_lightning.loops import AdaptationLoop
+from tta_lightning.models.classifier import describe
+from tta_lightning.runs import reserved, unused_folder
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+_DEFAULTS: tuple[type[AdaptCallback], ...] = (
+    StreamMetrics,
+    CostMonitor,
+    PredictionWriter,
+    RunRecorder,
+)
+
+
+class Trainer(pl.Trainer):
+    """A :class:`lightning.pytorch.Trainer` that can also :meth:`adapt`.
+
+    Every ``fit`` and every ``adapt`` writes one run folder. ``adapt`` runs the callbacks
+    StreamMetrics, CostMonitor, PredictionWriter and RunRecorder besides those given; one of yours
+    of the same class takes the place of the default one.
+
+    Args:
+        run_dir: The run folder; it must not exist yet. None makes a new one under ``runs/`` named
+            after the time. False writes nothing at all.
+        logger: As in Lightning; by default a CSV logger in the ``logs`` folder of the run.
+        callbacks: As in Lightning.
+        enable_progress_bar: As in Lightning; the default bar is a rich one.
+        kwargs: Everything else that Lightning's trainer takes.
+    """
+
+    callbacks: list[Callback]
+    fast_dev_run: bool | int
+
+    def __init__(
+        self,
+        *,
+        run_dir: str | Path | bool | None = None,
+        logger: Logger | Iterable[Logger] | bool | None = None,
+        callbacks: list[Callback] | Callback | None = None,
+        enable_progress_bar: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+        shown = enable_progress_bar is not False and not kwargs.get("barebones", False)
+        if shown and not any(isinstance(callback, ProgressBar) for callback in given):
+            given.append(AdaptationProgress())
+        self.run_dir = run_dir
+        self.run_folder: Path | None = None
+        self._own_logger = logger is None or logger is True
+        super().__init__(
+            logger=False if self._own_logger else logger,
+            callbacks=given,
+            enable_progress_bar=enable_progress_bar,
+            **kwargs,
+        )
+
+    def adapt(
+        self,
+        model: Adapter,
+        dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+    ) -> dict[str, Any]:
+        """Adapt a classifier online: predict each batch of a stream, then learn from it.
+
+        The adapter starts from its source model, whatever it did before. Labels of the stream are
+        used for metrics alone.
+
+        Args:
+            model: The method.
+            dataloaders: An iterable of image batches ``[B, 3, H, W]``, alone or with labels.
+            datamodule: A :class:`~tta_lightning.data.Stream`, instead of ``dataloaders``.
+
+        Returns:
+            The figures that ``metrics.json`` holds.
+
+        Raises:
+            InputError: Something given does not fit; the message says what and what to do.
+        """
+        self._check(model, dataloaders if datamodule is None else datamodule)
+        _suit(datamodule, model.network)
+        test_loop, callbacks = self.test_loop, list(self.callbacks)
+        self.callbacks = _with_defaults(callbacks)
+        loop = AdaptationLoop(self)
+        self.test_loop = loop
+        try:
+            with self._run_folder(lambda: loop.completed_batches > 0), _quiet_about_workers():
+                self.test(model, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
+                recorders = [c for c in self.callbacks if isinstance(c, RunRecorder)]
+                return recorders[0].results(self)
+        finally:
+            self.test_loop, self.callbacks = test_loop, callbacks
+
+    def fit(self, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Train a model on labelled source data; see Lightning's trainer."""
+        data = kwargs.get("datamodule") or next(iter(args), None)
+        _suit(data, getattr(model, "network", None))
+        with self._run_folder(lambda: self.global_step > 0):
+            for callback in self.callbacks:
+                if isinstance(callback, ModelCheckpoint) and self.run_folder is not None:
+                    callback.dirpath = callback.dirpath or str(self.run_folder / "checkpoints")
+            super().fit(model, *args, **kwargs)
+
+    @contextmanager
+    def _run_folder(self, has_results: Callable[[], bool]) -> Iterator[None]:
+        if self.run_dir is False or self.fast_dev_run:
+            self.run_folder = None
+            yield
+            return
+        automatic = self.run_dir is None or self.run_dir is True
+        folder = unused_folder() if automatic else Path(str(self.run_dir))
+        with reserved(folder, has_results):
+            self.run_folder = folder
+            if self._own_logger:
+                self.loggers = [CSVLogger(folder, name="logs", version="")]
+            yield
+
+    def _check(self, model: Adapter, data: Any) -> None:
+        if not isinstance(model, Adapter):
+            raise InputError(
+                f"adapt needs a test-time adaptation method such as Tent(network), got "
+                f"{type(model).__name__}. Use fit, validate or test for other modules."
+            )
+        if data is None:
+            raise InputError("adapt needs a stream: give datamodule=Stream(...) or dataloaders.")
+        if str(self.precision) not in PRECISIONS:
+            raise InputError(
+                f"adapt does not support precision {self.precision!r}: it has no loss scaling. Use "
+                f"one of {', '.join(PRECISIONS)}."
+            )
+        if self.world_size > 1:
+            raise InputError(
+                f"adapt serves one stream on one device, got {self.world_size} of them. Set "
+                "devices: 1, and run independent streams as independent runs."
+            )
+
+
+def _suit(data: Any, network: Any) -> None:
+    """Tell a data module of ours what size of images the network was made for."""
+    if hasattr(data, "suit") and network is not None:
+        info = describe(network)
+        data.suit(info.input_size, info.crop_pct, info.interpolation)
+
+
+def _with_defaults(callbacks: list[Callback]) -> list[Callback]:
+    """Add the default callbacks that are missing; the recorder reads the others, so it is last."""
+    missing = [c for c in _DEFAULTS if not any(isinstance(given, c) for given in callbacks)]
+    complete = [*callbacks, *(default() for default in missing)]
+    return sorted(complete, key=lambda callback: isinstance(callback, RunRecorder))
+
+
+@contextmanager
+def _quiet_about_workers() -> Iterator[None]:
+    """Silence Lightning's advice on worker processes: a stream's images come one batch a step."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        yield

@@ -84,7 +84,7 @@ def test_adam_equals_torch(lr, betas, eps, weight_decay):
 
 
 def test_adam_bias_correction_survives_float32():
-    # 1 - 0.999 loses four digits in float32 when computed naively; the first step of Adam is then off
+    # computed naively in float32, 1 - 0.999 loses four digits and the first step is off
     params = {"a": torch.zeros(1)}
     updates, _ = Adam(lr=1.0, eps=0.0).update(
         {"a": torch.full((1,), 0.25)}, Adam().init(params), params

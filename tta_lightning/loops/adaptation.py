@@ -105,8 +105,7 @@ class AdaptationLoop(_EvaluationLoop):
         self._hook("on_adapt_batch_start", batch, batch_idx)
         self.batch_progress.increment_started()
 
-        with torch.enable_grad(), trainer.precision_plugin.test_step_context():
-            logits = self.adapter.adapt_step(batch.images)
+        logits = self._adapt_step(batch.images)
         self._check_width(logits)
         self.nonfinite_batches += "not finite" in self.adapter.report.reason
         self.batch_progress.increment_processed()
@@ -121,13 +120,23 @@ class AdaptationLoop(_EvaluationLoop):
         if trainer.received_sigterm:
             raise SIGTERMException
 
+    def _adapt_step(self, images: Tensor) -> Tensor:
+        """Run the method's step; what it logs with ``self.log`` counts as of the test step."""
+        adapter = self.adapter
+        before, adapter._current_fx_name = adapter._current_fx_name, "test_step"
+        with torch.enable_grad(), self.trainer.precision_plugin.test_step_context():
+            logits = adapter.adapt_step(images)
+        adapter._current_fx_name = before
+        return logits
+
     # Batches -------------------------------------------------------------------------------------
 
     def _as_stream_batch(self, batch: Any) -> StreamBatch:
         """Give images, or images and labels, of any dataloader the form of a stream's batch."""
         if isinstance(batch, StreamBatch):
             return batch
-        images, labels = batch if isinstance(batch, list | tuple) else (batch, None)
+        pair = isinstance(batch, list | tuple) and len(batch) == 2
+        images, labels = batch if pair else (batch, None)
         if not isinstance(images, Tensor) or images.dim() != 4:
             raise InputError(
                 "adapt needs batches of images [B, 3, H, W], alone or as (images, labels); this "

@@ -119,10 +119,11 @@ class SourceTraining(LightningModule):
     def _check_labels(self, logits: Tensor, labels: Tensor) -> None:
         classes = getattr(getattr(self.trainer, "datamodule", None), "classes", None)
         needed = int(labels.max()) + 1 if classes is None else len(classes)
-        if logits.shape[1] < needed:
+        width = logits.shape[1]
+        if width < needed or (classes is not None and width != needed):
             raise InputError(
-                f"The model {describe(self.network).name} gives {logits.shape[1]} logits, but the "
-                f"images have {needed} classes. Set num_classes of the network to {needed}."
+                f"The model {describe(self.network).name} gives {width} logits, but the images "
+                f"have {needed} classes. Set num_classes of the network to {needed}."
             )
 
 

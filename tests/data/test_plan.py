@@ -1,0 +1,120 @@
+"""Plans and scenarios: order, coverage, batches, serialisation."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from tta_lightning.data import Domain, Plan, Segment
+from tta_lightning.data.scenarios import SCENARIOS
+from tta_lightning.errors import InputError
+
+DOMAINS = [Domain("fog", 5), Domain("snow", 5), Domain("contrast", 3)]
+SUBSET = np.array([3, 5, 8, 13, 21, 34, 55], dtype=np.int64)
+
+
+def make(name, seed=0):
+    return SCENARIOS[name](SUBSET, DOMAINS, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+class TestEveryScenario:
+    def test_every_sample_meets_every_domain_once(self, name):
+        plan = make(name)
+        pairs = list(zip(plan.samples.tolist(), plan.domain_ids.tolist(), strict=True))
+        assert sorted(pairs) == sorted((s, d) for s in SUBSET.tolist() for d in range(3))
+
+    def test_the_seed_decides(self, name):
+        assert make(name).digest == make(name).digest
+        assert make(name).digest != make(name, seed=1).digest
+
+    def test_serialises(self, name, tmp_path):
+        plan = make(name)
+        plan.save(tmp_path / "plan.json")
+        loaded = Plan.load(tmp_path / "plan.json")
+        assert loaded.digest == plan.digest
+        assert list(loaded.batches(2)) == list(plan.batches(2))
+        assert loaded.segments == plan.segments
+
+    def test_batches_cover_in_order_and_respect_segments(self, name):
+        plan = make(name)
+        batches = list(plan.batches(4))
+        assert [p for batch in batches for p in batch] == list(range(len(plan)))
+        for batch in batches:
+            assert plan.segment_at(batch[0]) == plan.segment_at(batch[-1])
+            assert len(batch) <= 4
+
+
+def test_segments_and_resets():
+    for name, reset in (("reset_each_shift", True), ("continual", False)):
+        plan = make(name)
+        assert [s.name for s in plan.segments] == ["fog-5", "snow-5", "contrast-3"]
+        assert [(s.start, s.stop) for s in plan.segments] == [(0, 7), (7, 14), (14, 21)]
+        assert {s.reset for s in plan.segments} == {reset}
+        for segment in plan.segments:
+            ids = plan.domain_ids[segment.start : segment.stop]
+            assert len(set(ids.tolist())) == 1
+
+
+def test_mixed_is_one_shuffled_segment():
+    plan = make("mixed_domains")
+    assert plan.segments == (Segment("mixed", 0, 21, reset=False),)
+    changes = sum(a != b for a, b in pairwise(plan.domain_ids.tolist()))
+    assert changes > 8  # sorted it would be 2, shuffled 14 are expected
+
+
+def test_orders_differ_between_domains():
+    plan = make("continual")
+    assert plan.samples[:7].tolist() != plan.samples[7:14].tolist()
+
+
+def test_batches_by_hand():
+    plan = make("continual")
+    assert [list(batch) for batch in plan.batches(5)][:3] == [
+        [0, 1, 2, 3, 4],
+        [5, 6],
+        [7, 8, 9, 10, 11],
+    ]
+    assert [plan.segment_at(p) for p in (0, 6, 7, 13, 14, 20)] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No plan at"),
+        ("{not json", "is not JSON"),
+        (json.dumps({"scenario": "x"}), "Not a plan"),
+        (json.dumps([1, 2]), "Not a plan"),
+        (
+            json.dumps(
+                {
+                    "scenario": "x",
+                    "samples": [0, 1],
+                    "domain_ids": [0],
+                    "domains": [["fog", 5]],
+                    "segments": [["fog-5", 0, 2, False]],
+                }
+            ),
+            "one domain a sample",
+        ),
+        (
+            json.dumps(
+                {
+                    "scenario": "x",
+                    "samples": [0, 1],
+                    "domain_ids": [0, 0],
+                    "domains": [["fog", 5]],
+                    "segments": [["fog-5", 0, 1, False]],
+                }
+            ),
+            "cover all samples",
+        ),
+    ],
+)
+def test_files_that_are_no_plan(content, message, tmp_path):
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        Plan.load(path)

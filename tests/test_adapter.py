@@ -1,0 +1,281 @@
+"""What every method owes: reset, frozen parameters, state, finiteness."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from tests.networks import make_batches, make_network
+from tta_lightning.adapter import Adapter, Outputs
+from tta_lightning.errors import InputError
+from tta_lightning.methods import BNStats, Source, Tent
+from tta_lightning.rules import SGD, Adam
+
+METHODS = {
+    "source": lambda network: Source(network),
+    "bn": lambda network: BNStats(network),
+    "bn-blend": lambda network: BNStats(network, alpha=0.3),
+    "bn-running": lambda network: BNStats(network, alpha=0.3, running=True),
+    "tent-sgd": lambda network: Tent(network, SGD(lr=0.01, momentum=0.9)),
+    "tent-adam": lambda network: Tent(network, Adam(lr=0.01)),
+}
+CASES = [
+    pytest.param(make, norm, id=f"{name}-{norm}")
+    for name, make in METHODS.items()
+    for norm in ("bn", "gn", "ln")
+    if norm == "bn" or not name.startswith("bn")
+]
+
+
+def state_of(module):
+    return {name: tensor.clone() for name, tensor in module.network.state_dict().items()}
+
+
+def replay(adapter, batches):
+    return torch.stack([adapter.adapt_step(images) for images in batches])
+
+
+@pytest.mark.parametrize(("make", "norm"), CASES)
+class TestContract:
+    def test_reset_is_bit_exact_and_a_replay_is_equal(self, make, norm):
+        adapter = make(make_network(norm))
+        source = state_of(adapter)
+        first = replay(adapter, make_batches())
+        moved = state_of(adapter)
+        adapter.reset()
+        assert all(torch.equal(t, source[n]) for n, t in state_of(adapter).items())
+        assert torch.equal(first, replay(adapter, make_batches()))
+        assert all(torch.equal(t, moved[n]) for n, t in state_of(adapter).items())
+
+    def test_only_what_is_named_moves(self, make, norm):
+        adapter = make(make_network(norm))
+        source = state_of(adapter)
+        replay(adapter, make_batches())
+        moved = {n for n, t in state_of(adapter).items() if not torch.equal(t, source[n])}
+        named = {n.removeprefix("network.") for n in adapter.moving_tensors()}
+        assert moved <= named
+        if isinstance(adapter, Tent):
+            assert moved == named
+
+    def test_state_dict_continues_in_mid_stream(self, make, norm):
+        batches = make_batches(6)
+        adapter = make(make_network(norm))
+        replay(adapter, batches[:3])
+        saved = copy.deepcopy(adapter.state_dict())
+        expected = replay(adapter, batches[3:])
+        other = make(make_network(norm))
+        other.load_state_dict(saved)
+        assert torch.equal(replay(other, batches[3:]), expected)
+        other.reset()  # back to the source model, not to the state that was loaded
+        assert torch.equal(
+            other.adapt_step(batches[0]), make(make_network(norm)).adapt_step(batches[0])
+        )
+
+    def test_a_nan_batch_changes_nothing(self, make, norm):
+        adapter = make(make_network(norm))
+        replay(adapter, make_batches(2))
+        kept, rule = state_of(adapter), copy.deepcopy(adapter.rule_state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapter.adapt_step(torch.full((4, 3, 32, 32), torch.nan))
+        assert all(torch.equal(t, kept[n]) for n, t in state_of(adapter).items())
+        leaves = torch.utils._pytree.tree_leaves
+        assert all(map(torch.equal, leaves(rule), leaves(adapter.rule_state)))
+        assert not adapter.report.updated
+
+    def test_an_image_alone_and_a_short_batch(self, make, norm):
+        adapter = make(make_network(norm))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logits = [adapter.adapt_step(b) for b in (*make_batches(1, 1), *make_batches(1, 3))]
+        assert [tuple(each.shape) for each in logits] == [(1, 10), (3, 10)]
+        assert all(torch.isfinite(each).all() for each in logits)
+
+    def test_first_prediction_precedes_the_update(self, make, norm):
+        images = make_batches(1)[0]
+        adapter = make(make_network(norm))
+        expected = copy.deepcopy(adapter)(images).detach()
+        if "BNStats" not in type(adapter).__name__:
+            assert torch.equal(adapter.adapt_step(images), expected)
+
+    def test_works_whatever_grad_mode_surrounds_it(self, make, norm):
+        expected = replay(make(make_network(norm)), make_batches())
+        for mode in (torch.no_grad, torch.inference_mode):
+            adapter = make(make_network(norm))
+            with mode():
+                assert torch.equal(replay(adapter, make_batches()), expected)
+
+    def test_eval_and_train_do_not_switch_statistics(self, make, norm):
+        expected = replay(make(make_network(norm)), make_batches())
+        adapter = make(make_network(norm))
+        adapter.ready()
+        adapter.eval()
+        assert torch.equal(replay(adapter, make_batches()), expected)
+        adapter.reset()
+        adapter.train()
+        assert torch.equal(replay(adapter, make_batches()), expected)
+
+    def test_bfloat16_autocast_stays_finite(self, make, norm):
+        adapter = make(make_network(norm))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = replay(adapter, make_batches())
+        assert torch.isfinite(logits).all()
+        assert (
+            all(torch.isfinite(t).all() for t in adapter.state_dict()["network.0.weight"][None])
+            if (norm != "ln")
+            else True
+        )
+
+    def test_a_copy_is_independent(self, make, norm):
+        adapter = make(make_network(norm))
+        replay(adapter, make_batches(1))
+        twin = copy.deepcopy(adapter)
+        expected = replay(adapter, make_batches(2, seed=5))
+        assert torch.equal(replay(twin, make_batches(2, seed=5)), expected)
+
+
+def test_snapshot_holds_only_what_moves():
+    adapter = Tent(make_network("gn"))
+    adapter.ready()
+    held = sum(tensor.numel() for tensor in adapter._source.values())
+    assert held == 2 * (8 + 16)
+
+
+def test_weights_loaded_before_the_first_step_are_the_source():
+    adapter = Tent(make_network("gn"), SGD(lr=0.1))
+    torch.manual_seed(7)
+    weights = {n: torch.randn_like(t) for n, t in adapter.network.state_dict().items()}
+    adapter.network.load_state_dict(weights)
+    replay(adapter, make_batches())
+    adapter.reset()
+    assert all(torch.equal(t, weights[n]) for n, t in state_of(adapter).items())
+
+
+def test_a_network_without_normalisation_is_refused():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    with pytest.raises(InputError, match="Sequential has none"):
+        Tent(network).adapt_step(make_batches(1)[0])
+
+
+def test_features_and_head_give_the_logits():
+    network = make_network("gn")
+    adapter = Tent(network)
+    adapter.ready()
+    out = adapter.outputs(make_batches(1)[0])
+    rebuilt = out.features @ adapter.head.weight.T + adapter.head.bias
+    torch.testing.assert_close(rebuilt, out.logits)
+    assert not network[8]._forward_pre_hooks  # nothing stays on the user's module
+
+
+def test_classes_are_restricted_before_the_entropy():
+    images, classes = make_batches(1)[0], [7, 2, 5]
+    adapter = Tent(make_network("gn"))
+    adapter.restrict_classes(classes)
+    full = make_network("gn")(images)
+    logits = adapter.adapt_step(images)
+    assert torch.equal(logits, full[:, classes])
+    p = full[:, classes].softmax(1)
+    assert adapter.report.loss.item() == pytest.approx(
+        -(p * p.log()).sum(1).mean().item(), rel=1e-6
+    )
+
+
+def test_terms_are_added_to_the_loss():
+    def term(out: Outputs, head) -> torch.Tensor:
+        return 3.0 * out.features.mean() + head.weight.sum() * 0
+
+    images = make_batches(1)[0]
+    with_term, without = Tent(make_network("gn")), Tent(make_network("gn"))
+    with_term.terms.append(term)
+    with_term.adapt_step(images)
+    without.adapt_step(images)
+    without.ready()
+    source = Tent(make_network("gn"))
+    source.ready()
+    extra = 3.0 * source.outputs(images).features.mean()
+    assert with_term.report.loss.item() == pytest.approx(
+        (without.report.loss + extra).item(), rel=1e-5
+    )
+
+
+class Picky(Tent):
+    """Learns from every second batch."""
+
+    def __init__(self, network):
+        super().__init__(network, SGD(lr=0.1))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def loss(self, out, images):
+        self.seen += 1
+        return super().loss(out, images) if self.seen % 2 else None
+
+
+def test_none_learns_nothing_and_buffers_are_state():
+    adapter = Picky(make_network("gn"))
+    batches = make_batches(2)
+    adapter.adapt_step(batches[0])
+    assert adapter.report.updated
+    kept = state_of(adapter)
+    adapter.adapt_step(batches[1])
+    assert not adapter.report.updated
+    assert "nothing" in adapter.report.reason
+    assert all(torch.equal(t, kept[n]) for n, t in state_of(adapter).items())
+    adapter.reset()
+    assert adapter.seen.item() == 0
+
+
+def test_a_parameter_outside_the_forward_pass_is_left_alone():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = make_network("gn")
+            self.idle = nn.LayerNorm(4)
+
+        def forward(self, images):
+            return self.used(images)
+
+    adapter = Tent(Unused(), Adam(lr=0.1, weight_decay=0.1))
+    adapter.adapt_step(make_batches(1)[0])
+    assert torch.equal(adapter.network.idle.weight, torch.ones(4))
+    assert not torch.equal(adapter.network.used[1].weight, torch.ones(8))
+
+
+def test_two_methods_may_share_a_network_one_after_the_other():
+    network = make_network("bn")
+    expected = Source(make_network("bn")).adapt_step(make_batches(1)[0])
+    tent = Tent(network)
+    replay(tent, make_batches())
+    tent.reset()
+    assert torch.equal(Source(network).adapt_step(make_batches(1)[0]), expected)
+
+
+def test_single_image_statistics_are_warned_of_once():
+    adapter = Tent(make_network("bn"))
+    with pytest.warns(UserWarning, match="single image") as caught:
+        for images in make_batches(3, size=1):
+            adapter.adapt_step(images)
+    assert len(caught) == 1
+
+
+def test_one_value_a_channel_falls_back_on_source_statistics():
+    network = nn.Sequential(nn.Conv2d(3, 4, 32), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
+    image = make_batches(1, 1)[0]
+    expected = copy.deepcopy(network).eval()(image)
+    adapter = Tent(network)
+    with pytest.warns(UserWarning, match="single image"):
+        assert torch.equal(adapter.adapt_step(image), expected)
+
+
+@pytest.mark.parametrize("verb", ["test_step", "validation_step", "training_step"])
+def test_other_verbs_name_adapt(verb):
+    with pytest.raises(InputError, match="`tta adapt`"):
+        getattr(Tent(make_network("gn")), verb)(None, 0)
+
+
+def test_base_class_learns_nothing():
+    adapter = Adapter(make_network("gn"))
+    source = state_of(adapter)
+    replay(adapter, make_batches())
+    assert all(torch.equal(t, source[n]) for n, t in state_of(adapter).items())

@@ -22,8 +22,8 @@ demo: setup  ## Train two small models on digits, adapt them through 15 corrupti
 	@test ! -e $(RUNS) || { echo "$(RUNS) exists and is never overwritten: make demo RUNS=another/folder"; exit 2; }
 	$(BIN)/tta fit -c configs/fit/digits_gn.yaml --trainer.run_dir $(RUNS)/gn
 	$(BIN)/tta fit -c configs/fit/digits_bn.yaml --trainer.run_dir $(RUNS)/bn
-	$(MAKE) --no-print-directory $(RUNS)/gn-source $(RUNS)/gn-tent $(RUNS)/bn-source $(RUNS)/bn-bn_stats $(RUNS)/bn-tent
-	$(BIN)/tta compare $(RUNS)/gn-source $(RUNS)/gn-tent $(RUNS)/bn-source $(RUNS)/bn-bn_stats $(RUNS)/bn-tent -o $(RUNS)
+	$(MAKE) --no-print-directory $(RUNS)/gn-source $(RUNS)/gn-tent $(RUNS)/bn-source $(RUNS)/bn-bnstats $(RUNS)/bn-tent
+	$(BIN)/tta compare $(RUNS)/gn-source $(RUNS)/gn-tent $(RUNS)/bn-source $(RUNS)/bn-bnstats $(RUNS)/bn-tent -o $(RUNS)
 
 # one run: the model before the dash, the configuration of the method after it
 $(RUNS)/gn-%:

@@ -193,12 +193,7 @@ class Adapter(LightningModule):
         Returns:
             Logits restricted to the classes of the stream, and the features of the head.
         """
-        if self._head is None:
-            logits, features = self.network(images), None
-        else:
-            with capture_features(self._head) as captured:
-                logits = self.network(images)
-            features = captured.features
+        logits, features = self._logits_and_features(images)
         if self._classes is not None:
             logits = logits.index_select(1, self._classes.to(logits.device))
         return Outputs(logits, features)
@@ -353,6 +348,15 @@ class Adapter(LightningModule):
     def configure_optimizers(self) -> NoReturn:
         """Refuse: the rule takes the place of an optimizer."""
         self._refuse("fit")
+
+    def _logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self._head is None:
+            return self.network(images), None
+        with capture_features(self._head) as captured:
+            logits: Tensor = self.network(images)
+        if not captured.ran or logits.shape != (len(captured.features), len(self._head.weight)):
+            return logits, None  # another layer than the one that looked like the head
+        return logits, captured.features
 
     def _refuse(self, verb: str) -> NoReturn:
         raise InputError(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.console import Console
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.errors import InputError
 from tta_lightning.explain import explain, input_error_behind
-from tta_lightning.report.compare import compare
+from tta_lightning.report.compare import Run, compare, summarise
 from tta_lightning.runs import run_folder, write_atomically
 from tta_lightning.trainer import Trainer
 
@@ -65,6 +67,18 @@ class TTACLI(LightningCLI):
         """Parse arguments, given here or those of the process."""
         self.config = parser.parse_args(args)
 
+    def after_fit(self) -> None:
+        """Say where the checkpoint is, which `tta adapt` takes as a network."""
+        path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if path:
+            Console().print(f"checkpoint: {path}", soft_wrap=True)
+
+    def after_adapt(self) -> None:
+        """Say how it went and where the results are."""
+        folder = run_folder(self.trainer)
+        if folder is not None:
+            Console().print(summarise(Run.load(folder)), soft_wrap=True)
+
     def before_test(self) -> None:
         """Refuse to test an adapter before anything runs."""
         self._refuse_adapter()
@@ -95,7 +109,7 @@ def main(args: Sequence[str] | None = None) -> int:
         Exit code: 0, or 2 when something given was wrong.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    _hide_advertisements()
+    _hide_what_users_cannot_change()
     try:
         if arguments[:1] == ["compare"]:
             return compare(arguments[1:])
@@ -127,7 +141,8 @@ def _without_worker(error: InputError) -> str:
     return text.rsplit("InputError: ", 1)[-1].strip() if "DataLoader worker" in text else text
 
 
-def _hide_advertisements() -> None:
-    """Drop Lightning's tips on other products from its log."""
+def _hide_what_users_cannot_change() -> None:
+    """Drop Lightning's tips on other products, and a deprecation inside Lightning itself."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: "Tip:" not in record.getMessage())

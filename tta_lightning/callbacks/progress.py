@@ -48,6 +48,11 @@ class AdaptationProgress(RichProgressBar):
         ):
             self.progress.update(self.test_progress_bar_id, description=self._describe(trainer))
 
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Choose the columns: while adapting without the batches a second, the images say more."""
+        columns: list[Any] = super().configure_columns(trainer)
+        return columns[:-1] if isinstance(trainer.lightning_module, Adapter) else columns
+
     @property
     def test_description(self) -> str:
         """Name of the bar."""
@@ -59,5 +64,5 @@ class AdaptationProgress(RichProgressBar):
             if isinstance(callback, StreamMetrics) and callback.running_accuracy is not None:
                 words.append(f"{callback.running_accuracy:.1%}")
             if isinstance(callback, CostMonitor) and callback.images_per_second is not None:
-                words.append(f"{callback.images_per_second:.0f} images/s")
+                words.append(f"{callback.images_per_second:.0f} img/s")
         return " ".join(words)

@@ -63,6 +63,11 @@ class FeatureCapture:
         self._features: Tensor | None = None
 
     @property
+    def ran(self) -> bool:
+        """Whether the head has run inside the block."""
+        return self._features is not None
+
+    @property
     def features(self) -> Tensor:
         """The features ``[B, D]``, attached to the graph they were computed in.
 

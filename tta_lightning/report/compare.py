@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -94,10 +95,18 @@ def build_table(runs: Sequence[Run]) -> Table:
     Returns:
         A rich table of accuracies in percent.
     """
-    table = Table(title="Accuracy in %, and gain over the source model", title_justify="left")
-    table.add_column("segment")
+    table = Table(
+        title="Accuracy in %, and gain over the source model",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        collapse_padding=True,
+    )
+    table.add_column("segment", no_wrap=True)
     for run in runs:
-        table.add_column(f"{run.name}\n{run.manifest['method']['name']}", justify="right")
+        table.add_column(
+            f"{run.name}\n{run.manifest['method']['name']}", justify="right", min_width=10
+        )
     columns = [run.accuracies() for run in runs]
     baselines = {run.model: run.accuracies() for run in runs if run.is_source}
     for segment in columns[0]:
@@ -112,6 +121,25 @@ def build_table(runs: Sequence[Run]) -> Table:
         ]
         table.add_row(Text(segment, style="bold" if segment == "mean" else ""), *cells)
     return table
+
+
+def summarise(run: Run) -> str:
+    """Say in two lines how a run went and where its results are."""
+    overall, segments = run.metrics["overall"], run.accuracies()
+    words = [f"{overall['images']} images in {run.metrics['batches']} batches"]
+    if segments["mean"] is not None:
+        words.append(f"accuracy {segments['mean']:.1%} (mean over {len(segments) - 1} segments)")
+    words += [f"{name} {overall[name]:.3f}" for name in ("nll", "ece") if overall[name] is not None]
+    if overall["entropy"] is not None:
+        words.append(f"entropy {overall['entropy']:.3f} nats")
+    for count, what in (
+        (run.metrics["bad_images"]["count"], "images left out"),
+        (run.metrics["nonfinite_batches"], "batches not finite"),
+    ):
+        if count:
+            words.append(f"{count} {what}")
+    files = sorted(path.name for path in run.folder.iterdir() if path.is_file())
+    return f"{', '.join(words)}\n{run.folder}: {', '.join(files)}"
 
 
 def compare(arguments: Sequence[str]) -> int:

@@ -39,6 +39,11 @@ def draw_curves(runs: Mapping[str, Mapping[str, Any]]) -> bytes:
     curves.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
     bars.set_ylabel("accuracy (%)" if labelled else "mean entropy (nats)")
     bars.grid(axis="y", alpha=0.3)
+    bars.set_axisbelow(True)
+    bars.set_title("Each segment as a whole", loc="left", fontsize=10)
+    if labelled:
+        curves.set_ylim(0, 102)
+        bars.set_ylim(0, 102)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -93,7 +98,6 @@ def _label_curves(axes: Axes, results: Mapping[str, Any], labelled: bool) -> Non
     for start in _starts(curve)[1:]:
         axes.axvline(seen[start - 1], color="0.8", linewidth=0.8, zorder=0)
     axes.set_xlabel("images seen")
-    axes.set_ylabel(
-        "running accuracy of the segment (%)" if labelled else "running mean entropy (nats)"
-    )
+    axes.set_title("Within each segment, from its first image on", loc="left", fontsize=10)
+    axes.set_ylabel("running accuracy (%)" if labelled else "running mean entropy (nats)")
     axes.grid(axis="y", alpha=0.3)

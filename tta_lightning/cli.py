@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
@@ -38,6 +39,10 @@ class _SaveConfig(SaveConfigCallback):
         if folder is not None:
             text = self.parser.dump(self.config, skip_none=False)
             write_atomically(folder / self.config_filename, text)
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the description, so that commands can be copied from it."""
 
 
 class _Parser(LightningArgumentParser):
@@ -109,7 +114,7 @@ def main(args: Sequence[str] | None = None) -> int:
         Exit code: 0, or 2 when something given was wrong.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    _hide_what_users_cannot_change()
+    _hide_advertisements()
     try:
         if arguments[:1] == ["compare"]:
             return compare(arguments[1:])
@@ -122,7 +127,7 @@ def main(args: Sequence[str] | None = None) -> int:
             save_config_callback=_SaveConfig,
             seed_everything_default=0,
             parser_class=_Parser,
-            parser_kwargs={"description": DESCRIPTION},
+            parser_kwargs={"description": DESCRIPTION, "formatter_class": _HelpFormatter},
             auto_configure_optimizers=False,
             args=arguments,
         )
@@ -141,8 +146,7 @@ def _without_worker(error: InputError) -> str:
     return text.rsplit("InputError: ", 1)[-1].strip() if "DataLoader worker" in text else text
 
 
-def _hide_what_users_cannot_change() -> None:
-    """Drop Lightning's tips on other products, and a deprecation inside Lightning itself."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
+def _hide_advertisements() -> None:
+    """Drop Lightning's tips on other products from its log."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: "Tip:" not in record.getMessage())

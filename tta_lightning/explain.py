@@ -20,6 +20,7 @@ _OPTION = re.compile(
     r"|Key '(?P<c>[\w.]+)' is not expected"
     r"|does not accept (?:option|nested key) '(?P<d>[\w.]+)'"
 )
+_NESTING = re.compile(r"\.(?:class_path|init_args)\b")  # what YAML puts between the names
 _CLASS = re.compile(
     r"(?:Expected a dot import path string|Unable to import|No module named|Import path)"
     r":? '?\"?(?P<name>[\w.]+)"
@@ -48,7 +49,9 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     option = _OPTION.search(message)
     if option:
         name = next(value for value in option.groupdict().values() if value is not None)
-        return f"Unknown option {name!r}.{_nearest(name, _options(parser))} See --help."
+        name = _NESTING.split(name)[0]
+        others = set(_options(parser)) - {name}  # a class that is not used here may have it
+        return f"Unknown option {name!r}.{_nearest(name, others)} See --help."
     found = _CLASS.search(message)
     if found:
         name = found["name"]
@@ -65,6 +68,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _options(parser: LightningArgumentParser) -> Iterator[str]:
+    yield from ("seed_everything", "trainer", "model", "data")
     for action in parser._actions:
         yield action.dest
         yield action.dest.rpartition(".")[2]

@@ -106,7 +106,7 @@ class Trainer(pl.Trainer):
         loop = AdaptationLoop(self)
         self.test_loop = loop
         try:
-            with self._run_folder(lambda: loop.completed_batches > 0), _quiet_about_workers():
+            with self._run_folder(lambda: loop.completed_batches > 0), _quiet():
                 self.test(model, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
                 recorders = [c for c in self.callbacks if isinstance(c, RunRecorder)]
                 return recorders[0].results(self)
@@ -117,7 +117,7 @@ class Trainer(pl.Trainer):
         """Train a model on labelled source data; see Lightning's trainer."""
         data = kwargs.get("datamodule") or next(iter(args), None)
         _suit(data, getattr(model, "network", None))
-        with self._run_folder(lambda: self.global_step > 0):
+        with self._run_folder(lambda: self.global_step > 0), _quiet():
             for callback in self.callbacks:
                 if isinstance(callback, ModelCheckpoint) and self.run_folder is not None:
                     callback.dirpath = callback.dirpath or str(self.run_folder / "checkpoints")
@@ -172,8 +172,9 @@ def _with_defaults(callbacks: list[Callback]) -> list[Callback]:
 
 
 @contextmanager
-def _quiet_about_workers() -> Iterator[None]:
-    """Silence Lightning's advice on worker processes: a stream's images come one batch a step."""
+def _quiet() -> Iterator[None]:
+    """Silence advice on worker processes, and a deprecation inside Lightning 2.6 on torch 2.15."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
         yield

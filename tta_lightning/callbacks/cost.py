@@ -26,6 +26,8 @@ class CostMonitor(AdaptCallback):
     The two phases are those that the method itself marks. Peak memory is that of the device's
     allocator on CUDA and the highest resident set of the process on Linux; elsewhere it is None.
     The first batch, which warms caches up, is left out of the seconds a batch where there are more.
+    On Linux the process's high-water mark of memory is set back twice a batch, so another monitor
+    that reads it (``ru_maxrss``, a scheduler's accounting) sees the peak since then only.
     """
 
     def __init__(self) -> None:

@@ -155,7 +155,9 @@ class StreamMetrics(AdaptCallback):
         """Return the figures: ``overall``, ``segments``, ``domains``, ``curve``."""
         return {
             "overall": self.overall.compute(),
-            "segments": [{"segment": name, **s.compute()} for name, s in self._segments],
+            "segments": [  # a run may stop in the first batch of a segment
+                {"segment": name, **s.compute()} for name, s in self._segments if s.update_called
+            ],
             "domains": [{"domain": k, **v.compute()} for k, v in sorted(self._domains.items())],
             "curve": {
                 "segments": [{"segment": name, "batch": batch} for name, batch in self._starts],

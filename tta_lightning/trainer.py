@@ -27,6 +27,7 @@ from tta_lightning.models.classifier import describe
 from tta_lightning.runs import reserved, unused_folder
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+_SHORT_PRECISIONS = ("32", "64", "bf16")  # what Lightning takes for some of them
 _DEFAULTS: tuple[type[AdaptCallback], ...] = (
     StreamMetrics,
     CostMonitor,
@@ -57,7 +58,7 @@ class Trainer(pl.Trainer):
     def __init__(
         self,
         *,
-        run_dir: str | Path | bool | None = None,
+        run_dir: bool | str | Path | None = None,
         logger: Logger | Iterable[Logger] | bool | None = None,
         callbacks: list[Callback] | Callback | None = None,
         enable_progress_bar: bool | None = None,
@@ -70,6 +71,7 @@ class Trainer(pl.Trainer):
         self.run_dir = run_dir
         self.run_folder: Path | None = None
         self._own_logger = logger is None or logger is True
+        self._precision_asked = kwargs.get("precision")  # Lightning may silently take another
         super().__init__(
             logger=False if self._own_logger else logger,
             callbacks=given,
@@ -145,11 +147,12 @@ class Trainer(pl.Trainer):
             )
         if data is None:
             raise InputError("adapt needs a stream: give datamodule=Stream(...) or dataloaders.")
-        if str(self.precision) not in PRECISIONS:
-            raise InputError(
-                f"adapt does not support precision {self.precision!r}: it has no loss scaling. Use "
-                f"one of {', '.join(PRECISIONS)}."
-            )
+        for precision in (str(self._precision_asked or self.precision), str(self.precision)):
+            if precision not in PRECISIONS and precision not in _SHORT_PRECISIONS:
+                raise InputError(
+                    f"adapt does not support precision {precision!r}: it has no loss scaling. Use "
+                    f"one of {', '.join(PRECISIONS)}."
+                )
         if self.world_size > 1:
             raise InputError(
                 f"adapt serves one stream on one device, got {self.world_size} of them. Set "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from typing import Any
 
@@ -163,7 +164,7 @@ class StreamMetrics(AdaptCallback):
                 "segments": [{"segment": name, "batch": batch} for name, batch in self._starts],
                 "images": self._images.tolist(),
                 "correct": self._correct.tolist() if int(self.overall.labelled) else None,
-                "entropy": [round(value, 5) for value in self._entropy],
+                "entropy": [round(v, 5) if math.isfinite(v) else None for v in self._entropy],
             },
         }
 

@@ -96,6 +96,8 @@ class Stream(LightningDataModule):
             raise InputError(f"batch_size = {batch_size}: expected 1 or more.")
         if limit is not None and limit < 1:
             raise InputError(f"limit = {limit}: expected 1 or more, or none for all images.")
+        if not 1 <= severity <= 5:
+            raise InputError(f"severity {severity} is out of range, expected 1 to 5.")
         if scenario not in SCENARIOS:
             raise unknown_name("scenario", scenario, SCENARIOS)
         self.source = source

@@ -159,9 +159,10 @@ class AdaptationLoop(_EvaluationLoop):
     def _note_bad_images(self, batch: StreamBatch) -> None:
         for position, reason in batch.bad:
             if getattr(self._stream, "on_bad_image", "stop") == "stop":
+                kept = "; predictions so far are kept" if self.completed_batches else ""
                 raise InputError(
-                    f"{reason} The run stopped there; predictions so far are kept. Mend or remove "
-                    "the file, or set on_bad_image: skip to leave such images out."
+                    f"{reason} The run stopped there{kept}. Or set on_bad_image: skip to leave "
+                    "such images out."
                 )
             self.bad_images.append((position, reason))
             warnings.warn(f"Left out: {reason}", stacklevel=2)
@@ -204,10 +205,11 @@ class AdaptationLoop(_EvaluationLoop):
     def _check_width(self, logits: Tensor) -> None:
         names = getattr(self._stream, "classes", None)
         if names is not None and logits.shape[1] != len(names):
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise InputError(
                 f"The model gives {logits.shape[1]} logits, but the stream has {len(names)} "
-                f"classes ({', '.join(list(names)[:3])}, ...). Use a model that was trained on "
-                "these classes, or one that knows their names."
+                f"classes ({some}). Use a model that was trained on these classes, or one that "
+                "knows their names."
             )
 
     # Plumbing ------------------------------------------------------------------------------------

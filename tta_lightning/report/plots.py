@@ -54,7 +54,9 @@ def _starts(curve: Mapping[str, Any]) -> list[int]:
 
 
 def _running(values: NDArray[np.float64], images: NDArray[np.int64]) -> NDArray[np.float64]:
-    result: NDArray[np.float64] = np.cumsum(values) / np.cumsum(images)
+    known = np.isfinite(values)  # a batch of NaN has no entropy
+    seen = np.maximum(np.cumsum(images * known), 1)
+    result: NDArray[np.float64] = np.cumsum(np.where(known, values, 0.0)) / seen
     return result
 
 
@@ -62,7 +64,9 @@ def _draw_running(
     axes: Axes, curve: Mapping[str, Any], labelled: bool, name: str, colour: str
 ) -> None:
     images = np.asarray(curve["images"])
-    values = np.asarray(curve["correct"]) if labelled else np.asarray(curve["entropy"]) * images
+    values = (
+        np.asarray(curve["correct"]) if labelled else np.asarray(curve["entropy"], float) * images
+    )
     edges = [*_starts(curve), len(images)]
     for start, stop in itertools.pairwise(edges):
         seen = np.cumsum(images)[start:stop]

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tests.networks import make_batches, make_network
-from tta_lightning.adapter import Adapter, Outputs
+from tta_lightning.adapter import Adapter
+from tta_lightning.contract import Outputs
 from tta_lightning.errors import InputError
 from tta_lightning.methods import BNStats, Source, Tent
 from tta_lightning.rules import SGD, Adam
@@ -241,10 +242,95 @@ def test_a_parameter_outside_the_forward_pass_is_left_alone():
 def test_two_methods_may_share_a_network_one_after_the_other():
     network = make_network("bn")
     expected = Source(make_network("bn")).adapt_step(make_batches(1)[0])
-    tent = Tent(network)
-    replay(tent, make_batches())
+    tent = Tent(network, SGD(lr=0.1))
+    first = replay(tent, make_batches())
+    other = Source(network)
+    with pytest.raises(InputError, match=r"still adapted .*Tent.*reset"):
+        other.adapt_step(make_batches(1)[0])
     tent.reset()
-    assert torch.equal(Source(network).adapt_step(make_batches(1)[0]), expected)
+    assert torch.equal(other.adapt_step(make_batches(1)[0]), expected)
+    assert torch.equal(replay(tent, make_batches()), first)  # its configuration came back
+
+
+def test_logits_carry_no_graph():
+    assert not Tent(make_network("gn")).adapt_step(make_batches(1)[0]).requires_grad
+
+
+def test_reset_keeps_double_precision():
+    network = make_network("gn").double()
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    adapter = Tent(network, SGD(lr=0.1))
+    adapter.adapt_step(make_batches(1)[0].double())
+    adapter.reset()
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+
+
+def test_an_infinite_gradient_of_a_finite_loss_moves_nothing():
+    class Steep(Tent):
+        def loss(self, out, images):
+            return (out.logits.sum() * 0).abs().sqrt()  # 0, with an infinite slope
+
+    adapter = Steep(make_network("gn"), SGD(lr=0.1))
+    source = state_of(adapter)
+    with pytest.warns(UserWarning, match="not finite"):
+        adapter.adapt_step(make_batches(1)[0])
+    assert torch.isfinite(adapter.report.loss)
+    assert all(torch.equal(t, source[n]) for n, t in state_of(adapter).items())
+
+
+def test_the_state_of_an_adapter_that_has_not_run_can_be_loaded():
+    adapter = Tent(make_network("gn"), Adam(lr=0.1))
+    adapter.load_state_dict(Tent(make_network("gn"), Adam(lr=0.1)).state_dict())
+    adapter.adapt_step(make_batches(1)[0])
+    assert adapter.report.updated
+
+
+def test_counters_survive_a_change_of_precision():
+    adapter = Tent(make_network("gn"), Adam(lr=1e-3))
+    adapter.adapt_step(make_batches(1)[0])
+    adapter.to(torch.bfloat16)
+    assert adapter.rule_state["step"].dtype == torch.float32
+    assert adapter.rule_state["m"]["1.weight"].dtype == torch.bfloat16
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = make_network("gn")
+
+    def forward(self, images):
+        return self.network(images), images
+
+
+class WithoutGradients(Pair):
+    @torch.no_grad()
+    def forward(self, images):
+        return self.network(images)
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return make_network("gn")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Pair, "gave tuple where logits"),
+        (WithoutGradients, "does not depend on any parameter"),
+        (made_in_inference_mode, "inference_mode"),
+    ],
+)
+def test_networks_that_cannot_be_adapted(make, message):
+    with pytest.raises(InputError, match=message):
+        Tent(make()).adapt_step(make_batches(1)[0])
+
+
+def test_more_class_names_than_logits():
+    adapter = Tent(make_network("gn"))
+    adapter.restrict_classes([3, 12])
+    with pytest.raises(InputError, match="10 logits"):
+        adapter.adapt_step(make_batches(1)[0])
 
 
 def test_single_image_statistics_are_warned_of_once():

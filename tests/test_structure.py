@@ -23,16 +23,17 @@ MAY_IMPORT = {
     "rules": {"errors"},
     "models": {"errors"},
     "data": {"errors", "describe"},
-    "adapter": {"errors", "describe", "functional", "rules", "models"},
-    "methods": {"errors", "describe", "functional", "rules", "models", "adapter"},
-    "meta": {"errors", "describe", "functional", "rules", "models", "adapter"},
+    "contract": {"errors", "rules", "models"},
+    "adapter": {"errors", "contract", "describe", "functional", "rules", "models"},
+    "methods": {"errors", "contract", "describe", "functional", "rules", "models", "adapter"},
+    "meta": {"errors", "contract", "describe", "functional", "rules", "models", "adapter"},
     "runs": {"errors"},
     "report": {"errors", "runs"},
     "callbacks": {
         *("errors", "describe", "functional", "rules", "models", "data", "adapter"),
-        *("methods", "runs", "report"),
+        *("contract", "methods", "runs", "report"),
     },
-    "loops": {"errors", "models", "data", "adapter"},
+    "loops": {"errors", "functional", "models", "data", "adapter"},
     "trainer": {"errors", "models", "data", "adapter", "callbacks", "loops", "runs"},
 }
 SEES_EVERYTHING = {"cli", "explain", "__init__"}

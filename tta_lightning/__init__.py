@@ -1,6 +1,7 @@
 """Train models to adapt, and adapt them online."""
 
-from tta_lightning.adapter import Adapter, Outputs, Term
+from tta_lightning.adapter import Adapter
+from tta_lightning.contract import Outputs, Term
 from tta_lightning.data.stream import Stream
 from tta_lightning.errors import InputError
 from tta_lightning.models.loading import load_model

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn, Self
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from tta_lightning.contract import (
+    Outputs,
+    StepReport,
+    Term,
+    checked_logits,
+    keep_counter,
+    map_tensors,
+    unobserved,
+)
 from tta_lightning.describe import constructor_arguments
 from tta_lightning.errors import InputError
 from tta_lightning.functional import all_finite
@@ -24,45 +33,6 @@ from tta_lightning.models.norms import (
     use_source_statistics,
 )
 from tta_lightning.rules import SGD, RuleState, UpdateRule
-
-PREDICTS_BEFORE_UPDATE = "before update"
-PREDICTS_AFTER_UPDATE = "after update"
-
-
-@dataclass
-class Outputs:
-    """What one forward pass gives to a method's loss.
-
-    Attributes:
-        logits: ``[B, C]``, restricted to the classes of the stream where it has a subset.
-        features: ``[B, D]``, the input of the final linear map; None where the network has no
-            such head.
-        selected: ``[B]`` bool, the samples that the method learns from, filled in by its loss;
-            None stands for all.
-    """
-
-    logits: Tensor
-    features: Tensor | None = None
-    selected: Tensor | None = None
-
-
-Term = Callable[[Outputs, Head], Tensor]
-"""A scalar that is added to a method's loss, computed from a forward pass and the head."""
-
-
-@dataclass
-class StepReport:
-    """What the last :meth:`Adapter.adapt_step` did.
-
-    Attributes:
-        updated: Whether the parameters moved.
-        loss: The loss that was minimised, a detached scalar; None where there was none.
-        reason: Why nothing moved; empty when something did.
-    """
-
-    updated: bool = False
-    loss: Tensor | None = None
-    reason: str = ""
 
 
 class Adapter(LightningModule):
@@ -89,7 +59,7 @@ class Adapter(LightningModule):
         InputError: The network cannot be built.
     """
 
-    predicts = PREDICTS_BEFORE_UPDATE
+    predicts = "before update"  # episodic methods say "after update"
 
     def __init__(
         self, network: str | dict[str, Any] | nn.Module, rule: UpdateRule | None = None
@@ -195,6 +165,11 @@ class Adapter(LightningModule):
         """
         logits, features = self._logits_and_features(images)
         if self._classes is not None:
+            if int(self._classes.max()) >= logits.shape[1]:
+                raise InputError(
+                    f"The network gives {logits.shape[1]} logits, but is said to know "
+                    f"{int(self._classes.max()) + 1} classes or more. Correct its class names."
+                )
             logits = logits.index_select(1, self._classes.to(logits.device))
         return Outputs(logits, features)
 
@@ -226,6 +201,12 @@ class Adapter(LightningModule):
             included, and a warning says so.
         """
         names, parameters = list(self._adapted), list(self._adapted.values())
+        if not parameters or not loss.requires_grad:
+            raise InputError(
+                f"The loss of {type(self).__name__} does not depend on any parameter that may "
+                "move. Let configure() set requires_grad on some that take part in the forward "
+                "pass, and see that the network does not switch gradients off."
+            )
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         grads = {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
         detached = loss.detach()
@@ -235,7 +216,7 @@ class Adapter(LightningModule):
                 "nothing was learnt from it.",
                 stacklevel=2,
             )
-            return StepReport(loss=detached, reason="loss or gradient is not finite")
+            return StepReport(loss=detached, finite=False, reason="loss or gradient is not finite")
         with torch.no_grad():
             updates, self.rule_state = self.rule.update(grads, self.rule_state, self._adapted)
             for name, update in updates.items():
@@ -264,17 +245,39 @@ class Adapter(LightningModule):
 
         Called by everything that adapts, so that weights loaded into the network before count as
         the source model.
+
+        Raises:
+            InputError: Another adapter has moved this network and was not reset.
         """
-        if self._source is not None:
+        owner = _OWNERS.get(self.network, _nobody)()
+        if owner is self:
             return
+        if owner is not None and owner._has_moved():
+            raise InputError(
+                f"This network is still adapted by another method ({type(owner).__name__}). Call "
+                "its reset() first, or give each method its own copy: copy.deepcopy(network)."
+            )
+        if any(parameter.is_inference() for parameter in self.network.parameters()):
+            raise InputError(
+                "The network was made under torch.inference_mode(), so its parameters can never "
+                "move. Make it outside."
+            )
         self.requires_grad_(False)
         super().train(False)  # no dropout; batch normalisation is for configure() to choose
         use_source_statistics(batch_norm_layers(self.network).values())
         self.configure()
+        _OWNERS[self.network] = weakref.ref(self)
+        if self._source is not None:
+            return
         self._adapted = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
         self._head = _head_or_none(self.network)
         self._source = {name: t.detach().clone() for name, t in self.moving_tensors().items()}
         self.rule_state = self.rule.init(self._adapted)
+
+    def _has_moved(self) -> bool:
+        source = self._source or {}
+        moving = self.moving_tensors()
+        return any(not torch.equal(t, moving[name].to(t)) for name, t in source.items())
 
     def reset(self) -> None:
         """Return, bit for bit, to the source model with a fresh state of the rule."""
@@ -321,13 +324,14 @@ class Adapter(LightningModule):
         return self if self._source is not None else super().train(mode)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the state of the rule, for the ``state_dict``."""
+        """Return the state of the rule, for the ``state_dict``; empty before the first step."""
         return {"rule_state": self.rule_state}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take the state of the rule from a ``state_dict``, onto the network's device."""
-        device = next(iter(self._adapted.values())).device if self._adapted else None
-        self.rule_state = _map_tensors(lambda tensor: tensor.to(device), state["rule_state"])
+        if state["rule_state"]:
+            device = next((p.device for p in self._adapted.values()), None)
+            self.rule_state = map_tensors(lambda tensor: tensor.to(device), state["rule_state"])
 
     def on_test_model_eval(self) -> None:
         """Keep the mode while Lightning's loop starts."""
@@ -353,9 +357,9 @@ class Adapter(LightningModule):
 
     def _logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         if self._head is None:
-            return self.network(images), None
+            return checked_logits(self.network(images)), None
         with capture_features(self._head) as captured:
-            logits: Tensor = self.network(images)
+            logits = checked_logits(self.network(images))
         if not captured.ran or logits.shape != (len(captured.features), len(self._head.weight)):
             return logits, None  # another layer than the one that looked like the head
         return logits, captured.features
@@ -371,13 +375,16 @@ class Adapter(LightningModule):
         """Move the state of the rule along when the module changes device or precision."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            self.rule_state = _map_tensors(fn, self.rule_state)
+            self.rule_state = map_tensors(lambda t: keep_counter(fn(t), t), self.rule_state)
         return self
 
 
-def unobserved(phase: str) -> AbstractContextManager[None]:
-    """Let a phase of a step pass unmeasured: what ``Adapter.phase`` is by default."""
-    return nullcontext()
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapter]] = weakref.WeakKeyDictionary()
+"""The adapter that configured each network last: one network serves one method at a time."""
+
+
+def _nobody() -> None:
+    return None
 
 
 def _head_or_none(network: nn.Module) -> Head | None:
@@ -385,13 +392,6 @@ def _head_or_none(network: nn.Module) -> Head | None:
         return find_head(network)
     except InputError:
         return None
-
-
-def _map_tensors(fn: Callable[[Tensor], Tensor], state: RuleState) -> RuleState:
-    return {
-        key: _map_tensors(fn, value) if isinstance(value, dict) else fn(value)
-        for key, value in state.items()
-    }
 
 
 def _remember_source_first(module: nn.Module, *args: Any) -> None:

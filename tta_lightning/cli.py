@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from tta_lightning import __version__
@@ -112,7 +113,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments without the program's name; None takes those of the process.
 
     Returns:
-        Exit code: 0, or 2 when something given was wrong.
+        Exit code: 0; 2 when something given was wrong; 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     _hide_advertisements()
@@ -136,6 +137,9 @@ def main(args: Sequence[str] | None = None) -> int:
             auto_configure_optimizers=False,
             args=arguments,
         )
+    except SIGTERMException:
+        sys.stderr.write("error: stopped by SIGTERM; what was done until then is kept\n")
+        return 143
     except Exception as error:
         known = input_error_behind(error)
         if known is None:

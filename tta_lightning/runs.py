@@ -86,4 +86,4 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     """Write plain values as indented JSON, atomically."""
-    write_atomically(path, json.dumps(values, indent=2) + "\n")
+    write_atomically(path, json.dumps(values, indent=2, allow_nan=False) + "\n")

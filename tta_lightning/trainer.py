@@ -102,14 +102,15 @@ class Trainer(pl.Trainer):
             InputError: Something given does not fit; the message says what and what to do.
         """
         self._check(model, dataloaders if datamodule is None else datamodule)
-        _suit(datamodule, model.network)
+        _suit(datamodule, model)
         test_loop, callbacks = self.test_loop, list(self.callbacks)
         self.callbacks = _with_defaults(callbacks)
         loop = AdaptationLoop(self)
         self.test_loop = loop
+        self.should_stop = False  # an earlier run may have been stopped
         try:
             with self._run_folder(lambda: loop.completed_batches > 0), _quiet():
-                self.test(model, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
+                super().test(model, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
                 recorders = [c for c in self.callbacks if isinstance(c, RunRecorder)]
                 return recorders[0].results(self)
         finally:
@@ -117,13 +118,27 @@ class Trainer(pl.Trainer):
 
     def fit(self, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Train a model on labelled source data; see Lightning's trainer."""
-        data = kwargs.get("datamodule") or next(iter(args), None)
-        _suit(data, getattr(model, "network", None))
+        _suit(kwargs.get("datamodule") or next(iter(args), None), model)
+        own = [c for c in self.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is None]
         with self._run_folder(lambda: self.global_step > 0), _quiet():
-            for callback in self.callbacks:
-                if isinstance(callback, ModelCheckpoint) and self.run_folder is not None:
-                    callback.dirpath = callback.dirpath or str(self.run_folder / "checkpoints")
-            super().fit(model, *args, **kwargs)
+            for callback in own:
+                if self.run_folder is not None:
+                    callback.dirpath = str(self.run_folder / "checkpoints")
+            try:
+                super().fit(model, *args, **kwargs)
+            finally:
+                for callback in own:  # the next fit has a folder of its own
+                    callback.dirpath = None
+
+    def test(self, model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Measure a trained model on labelled test images."""
+        _suit(kwargs.get("datamodule") or next(iter(args), None), model)
+        return super().test(model, *args, **kwargs)
+
+    def validate(self, model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Measure a trained model on labelled validation images."""
+        _suit(kwargs.get("datamodule") or next(iter(args), None), model)
+        return super().validate(model, *args, **kwargs)
 
     @contextmanager
     def _run_folder(self, has_results: Callable[[], bool]) -> Iterator[None]:
@@ -153,6 +168,12 @@ class Trainer(pl.Trainer):
                     f"adapt does not support precision {precision!r}: it has no loss scaling. Use "
                     f"one of {', '.join(PRECISIONS)}."
                 )
+        if "bf16-true" in (str(self._precision_asked), str(self.precision)):
+            warnings.warn(
+                "bf16-true keeps 8 bits of each parameter, so small updates of weights near 1 are "
+                "lost. bf16-mixed keeps the parameters in float32.",
+                stacklevel=3,
+            )
         if self.world_size > 1:
             raise InputError(
                 f"adapt serves one stream on one device, got {self.world_size} of them. Set "
@@ -160,8 +181,9 @@ class Trainer(pl.Trainer):
             )
 
 
-def _suit(data: Any, network: Any) -> None:
-    """Tell a data module of ours what size of images the network was made for."""
+def _suit(data: Any, model: Any) -> None:
+    """Tell a data module of ours what size of images the model's network was made for."""
+    network = getattr(model, "network", None)
     if hasattr(data, "suit") and network is not None:
         info = describe(network)
         data.suit(info.input_size, info.crop_pct, info.interpolation)

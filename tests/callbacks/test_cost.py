@@ -8,8 +8,8 @@ import torch
 from tests.loops.test_adaptation import quiet, tent
 from tests.networks import make_network
 from tests.streams import make_stream
-from tta_lightning.adapter import unobserved
 from tta_lightning.callbacks import CostMonitor
+from tta_lightning.contract import unobserved
 from tta_lightning.methods import BNStats, Source, Tent
 from tta_lightning.rules import SGD
 

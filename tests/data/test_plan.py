@@ -13,6 +13,14 @@ from tta_lightning.errors import InputError
 DOMAINS = [Domain("fog", 5), Domain("snow", 5), Domain("contrast", 3)]
 SUBSET = np.array([3, 5, 8, 13, 21, 34, 55], dtype=np.int64)
 
+PLAN = {
+    "scenario": "x",
+    "samples": [0, 1],
+    "domain_ids": [0, 0],
+    "domains": [["fog", 5]],
+    "segments": [["fog-5", 0, 2, False]],
+}
+
 
 def make(name, seed=0):
     return SCENARIOS[name](SUBSET, DOMAINS, np.random.default_rng(seed))
@@ -110,6 +118,10 @@ def test_batches_by_hand():
             ),
             "cover all samples",
         ),
+        (json.dumps(PLAN | {"samples": [0, -1]}), "negative"),
+        (json.dumps(PLAN | {"domain_ids": [0, 1]}), "domain 1 of 1"),
+        (json.dumps(PLAN | {"domains": [["fog"]]}), "Not a plan"),
+        (json.dumps(PLAN | {"segments": [["fog-5", 0]]}), "Not a plan"),
     ],
 )
 def test_files_that_are_no_plan(content, message, tmp_path):

@@ -37,6 +37,14 @@ def test_images_are_those_of_the_plan():
         assert label == stream.source.labels[index]
 
 
+def test_the_table_is_used():
+    stream = make_stream(table="cifar", corruptions=["contrast"])
+    for position, (image, _) in served(stream).items():
+        index = int(stream.plan.samples[position])
+        milder = corrupt(stream.source.load(index), "contrast", 3, index=index, table="cifar")
+        assert torch.equal((image * 255).round().byte().permute(1, 2, 0), torch.tensor(milder))
+
+
 @pytest.mark.parametrize("options", [{"batch_size": 3}, {"num_workers": 2}])
 def test_batch_size_and_workers_do_not_matter(options):
     first, second = served(make_stream()), served(make_stream(**options))
@@ -138,6 +146,7 @@ def test_corruptions_that_are_not_stored(options, message):
         ({"limit": 0}, "limit = 0"),
         ({"corruptions": []}, "empty list"),
         ({"table": "imagnet"}, "imagenet"),
+        ({"corruptions": ["fog", "fog"]}, "twice"),
     ],
 )
 def test_arguments_that_are_not_possible(options, message):

@@ -1,6 +1,8 @@
 """The loop: order of hooks, labels, resets, stock callbacks and loggers, other dataloaders."""
 
 import csv
+import os
+import signal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -8,11 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.networks import make_batches, make_network
 from tests.streams import CLASSES, make_source, make_stream
-from tta_lightning.callbacks import AdaptCallback
+from tta_lightning import cli
+from tta_lightning.callbacks import AdaptCallback, StreamMetrics
 from tta_lightning.data import ArraySource, Stream
 from tta_lightning.errors import InputError
 from tta_lightning.methods import BNStats, Source, Tent
@@ -233,10 +237,63 @@ def test_plain_dataloaders(labelled):
     assert results["overall"]["accuracy"] == pytest.approx(accuracy)
 
 
-def test_batches_that_are_no_images():
-    loader = DataLoader(TensorDataset(torch.zeros(4, 7)), batch_size=2)
-    with pytest.raises(InputError, match=r"\[B, 3, H, W\]"):
-        quiet().adapt(tent(), dataloaders=loader)
+def test_a_dataset_of_images_alone():
+    loader = DataLoader(TensorDataset(torch.cat(make_batches())), batch_size=16)  # gives [images]
+    assert quiet().adapt(tent(), dataloaders=loader)["overall"]["images"] == 64
+
+
+IMAGES = torch.rand(4, 3, 32, 32)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (TensorDataset(torch.zeros(4, 7)), r"\[B, 3, H, W\]"),
+        (TensorDataset((255 * IMAGES).byte()), "floating-point"),
+        (TensorDataset(IMAGES, torch.eye(4)), "class indices"),
+        (TensorDataset(IMAGES, torch.tensor([0, 1, 2, 10])), "label 10"),
+        ([], "no image"),
+    ],
+)
+def test_batches_that_do_not_fit(data, message):
+    with pytest.raises(InputError, match=message):
+        quiet().adapt(tent(), dataloaders=DataLoader(data, batch_size=4))
+
+
+@pytest.mark.parametrize("method", [Source, BNStats, tent])
+def test_a_batch_that_is_not_finite_is_counted_and_said(method):
+    adapter = method() if method is tent else method(make_network("bn"))
+    images = torch.cat(make_batches())
+    images[20] = torch.nan
+    with pytest.warns(UserWarning, match="not finite"):
+        results = quiet().adapt(adapter, dataloaders=DataLoader(images, batch_size=16))
+    assert results["nonfinite_batches"] == 1
+    assert results["batches"] == 4
+
+
+def test_sigterm_stops_and_the_command_line_says_so(monkeypatch, capsys):
+    class Kill(AdaptCallback):
+        def on_adapt_batch_end(self, trainer, adapter, logits, batch, batch_idx):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SIGTERMException):
+        quiet(kept := Logits(), Kill()).adapt(tent(), datamodule=make_stream())
+    assert len(kept.rows) == 5
+
+    def stop(**options):
+        raise SIGTERMException
+
+    monkeypatch.setattr(cli, "TTACLI", stop)
+    assert cli.main(["adapt"]) == 143
+    assert "SIGTERM" in capsys.readouterr().err
+
+
+def test_a_callback_of_yours_takes_the_place_of_the_default():
+    metrics = StreamMetrics(bins=7)
+    results = quiet(metrics).adapt(tent(), datamodule=make_stream())
+    assert results["overall"] == metrics.overall.compute()
+    assert metrics.overall.calibration.shape == (3, 7)
 
 
 def named(network, names):
@@ -262,6 +319,14 @@ def test_another_stream_lifts_the_restriction():
     assert logits_of(adapter, make_stream()).shape[1] == 10
 
 
+def test_a_restriction_of_yours_stays_where_the_stream_names_no_classes():
+    adapter = Source(make_network("gn"))
+    adapter.restrict_classes([3, 4])
+    kept = Logits()
+    quiet(kept).adapt(adapter, dataloaders=DataLoader(torch.cat(make_batches()), batch_size=16))
+    assert kept.stacked().shape[1] == 2
+
+
 def test_stop_ends_cleanly():
     class Stop(AdaptCallback):
         ended = False
@@ -275,19 +340,31 @@ def test_stop_ends_cleanly():
     results = quiet(Stop()).adapt(tent(), datamodule=make_stream())
     assert results["batches"] == 2
     assert Stop.ended
+    assert results["completed"] is False
+    assert "10 of 24 images" in results["stopped"]
+
+
+def test_a_stopped_trainer_runs_again():
+    trainer = quiet()
+    trainer.should_stop = True
+    assert trainer.adapt(tent(), datamodule=make_stream())["completed"] is True
 
 
 def test_limit_test_batches():
     results = quiet(limit_test_batches=4).adapt(tent(), datamodule=make_stream())
     assert results["batches"] == 4
     assert results["overall"]["images"] == 17  # batches of 5, 5, 2 and 5
+    assert results["completed"] is False
 
 
+@pytest.mark.filterwarnings("ignore:bf16-true keeps 8 bits")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precisions(precision):
     adapter = tent("gn")
     results = quiet(precision=precision).adapt(adapter, datamodule=make_stream())
     assert results["nonfinite_batches"] == 0
+    logits = logits_of(tent("gn"), make_stream(), precision=precision)
+    assert logits.dtype == (torch.float64 if precision == "64-true" else torch.bfloat16)
     wanted = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
     assert adapter.network[1].weight.dtype == wanted
 

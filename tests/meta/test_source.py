@@ -121,6 +121,8 @@ def test_crops_and_flips():
         (lambda: SourceTraining(NETWORK, warmup=-0.1), "warmup = -0.1"),
         (lambda: LabelledImages(two_colours(), val_fraction=1.5), "val_fraction = 1.5"),
         (lambda: LabelledImages(two_colours(1)), "none to train on"),
+        (lambda: LabelledImages(two_colours(), limit=-5), "limit = -5"),
+        (lambda: LabelledImages(two_colours(), batch_size=0), "batch_size = 0"),
         (
             lambda: LabelledImages(ArraySource(np.zeros((3, 32, 32, 3), np.uint8))),
             "without labels",
@@ -131,6 +133,35 @@ def test_crops_and_flips():
 def test_arguments_that_are_not_possible(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_the_cosine_needs_an_end(tmp_path):
+    module = SourceTraining({**NETWORK, "num_classes": 2})
+    with pytest.raises(InputError, match="max_epochs"):
+        trainer(tmp_path, max_epochs=-1).fit(module, datamodule=LabelledImages(two_colours()))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_each_fit_of_a_trainer_has_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fitting = trainer(tmp_path, max_epochs=1)
+    fitting.run_dir = None
+    for _ in range(2):
+        fitting.fit_loop.epoch_progress.reset()
+        fitting.fit(
+            SourceTraining({**NETWORK, "num_classes": 2}),
+            datamodule=LabelledImages(two_colours(), batch_size=8),
+        )
+    assert len(list((tmp_path / "runs").glob("*/checkpoints/*.ckpt"))) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_tests_see_the_size_that_the_model_was_made_for(tmp_path):
+    network = {"spec": "timm:resnet10t", "pretrained": False, "num_classes": 2}
+    module = SourceTraining(network)
+    data = LabelledImages(two_colours(), test=two_colours(4))
+    trainer(tmp_path).test(module, datamodule=data, verbose=False)
+    assert data.geometry.size == describe(module.network).input_size is not None
 
 
 @pytest.mark.parametrize("classes", [2, 20])

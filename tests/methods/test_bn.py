@@ -80,6 +80,34 @@ def test_a_nan_batch_does_not_poison_the_running_average():
         assert torch.equal(statistics[1], kept[number][1])
 
 
+def test_an_exception_does_not_leave_blended_statistics_behind():
+    network = make_network("bn")
+    kept = source_statistics(network)
+    adapter = BNStats(network, alpha=0.5)
+    with pytest.raises(RuntimeError):
+        adapter.adapt_step(torch.rand(4, 3, 4, 4))  # too small for the second convolution
+    assert all(
+        torch.equal(a, b)
+        for n, s in kept.items()
+        for a, b in zip(s, source_statistics(network)[n], strict=True)
+    )
+
+
+def test_predicting_without_learning_blends_too():
+    images = make_batches(1)[0]
+    adapter = BNStats(make_network("bn"), alpha=0.5, running=True)
+    expected = BNStats(make_network("bn"), alpha=0.5).adapt_step(images)
+    assert torch.equal(adapter(images), expected)
+    assert torch.equal(adapter(images), expected)  # and keeps nothing
+
+
+def test_a_single_image_is_warned_of_once():
+    adapter = BNStats(make_network("bn"), alpha=0.5)
+    with pytest.warns(UserWarning, match="single image") as caught:
+        _ = [adapter.adapt_step(image) for image in make_batches(3, size=1)]
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_alpha_out_of_range(alpha):
     with pytest.raises(InputError, match="alpha"):

@@ -13,8 +13,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tta_lightning.adapter import Adapter, unobserved
+from tta_lightning.adapter import Adapter
 from tta_lightning.callbacks.base import AdaptCallback
+from tta_lightning.contract import unobserved
 from tta_lightning.data.stream import StreamBatch
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

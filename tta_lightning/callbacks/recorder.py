@@ -98,6 +98,7 @@ class RunRecorder(AdaptCallback):
             What ``metrics.json`` holds.
         """
         loop: Any = trainer.test_loop
+        stopped = stopped or _why_short(trainer)
         results: dict[str, Any] = {
             "completed": stopped is None,
             "stopped": stopped,
@@ -124,6 +125,14 @@ class RunRecorder(AdaptCallback):
         if "segments" in results:
             write_atomically(folder / "metrics.csv", _table(results["segments"]))
             _draw(folder, results)
+
+
+def _why_short(trainer: Trainer) -> str | None:
+    """Say why a run that ended without an error did not serve its whole plan; None if it did."""
+    loop: Any = trainer.test_loop
+    if loop.plan is None or loop.served >= len(loop.plan):
+        return None
+    return f"ended after {loop.served} of {len(loop.plan)} images (should_stop or a limit)"
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

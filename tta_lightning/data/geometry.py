@@ -50,7 +50,7 @@ class Geometry:
             _FILTERS.get(self.interpolation, Image.Resampling.BILINEAR),
         )
         left, top = (resized.width - size) // 2, (resized.height - size) // 2
-        return np.asarray(resized.crop((left, top, left + size, top + size)))
+        return np.array(resized.crop((left, top, left + size, top + size)))
 
 
 def geometry(

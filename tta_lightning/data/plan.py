@@ -67,6 +67,12 @@ class Plan:
                 f"A plan needs one domain a sample, got {len(self.samples)} samples and "
                 f"{len(self.domain_ids)} domains."
             )
+        if len(self) and (self.samples.min() < 0 or self.domain_ids.min() < 0):
+            raise InputError("A plan holds a negative index. Expected indices from 0 on.")
+        if len(self) and self.domain_ids.max() >= len(self.domains):
+            raise InputError(
+                f"A plan refers to domain {self.domain_ids.max()} of {len(self.domains)}."
+            )
         edges = [0, *(segment.stop for segment in self.segments)]
         starts = [segment.start for segment in self.segments]
         if starts != edges[:-1] or edges[-1] != len(self.samples):
@@ -117,7 +123,7 @@ class Plan:
                     Segment(str(n), int(a), int(b), bool(r)) for n, a, b, r in values["segments"]
                 ),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"Not a plan: {error!r}. Expected what Plan.save wrote, with the fields scenario, "
                 "samples, domain_ids, domains and segments."

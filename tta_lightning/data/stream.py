@@ -114,6 +114,7 @@ class Stream(LightningDataModule):
         self.on_bad_image = on_bad_image
         self.num_workers = num_workers
         self.clean = clean
+        self._replayed = plan is not None
         self.plan = self._make_plan() if plan is None else Plan.load(plan)
         self._check_plan()
         self.geometry = geometry(image_size, crop_pct, None, 1.0, "bilinear")
@@ -170,8 +171,10 @@ class Stream(LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Say what stream this is, as plain values for a manifest."""
+        replaced = ("corruptions", "severity", "limit", "subset") if self._replayed else ()
+        skip = ("source", "clean", "plan", "num_workers", *replaced)
         return {
-            **constructor_arguments(self, skip=("source", "clean", "plan", "num_workers")),
+            **constructor_arguments(self, skip=skip),
             "scenario": self.plan.scenario,
             "source": self.source.describe(),
             "clean": None if self.clean is None else self.clean.describe(),
@@ -206,6 +209,8 @@ class Stream(LightningDataModule):
         listed = CORRUPTION_SETS.get(names, [names]) if isinstance(names, str) else names
         if not listed:
             raise InputError("corruptions is an empty list: name at least one, or leave it out.")
+        if len(set(listed)) < len(listed):
+            raise InputError(f"corruptions names one twice: {', '.join(listed)}.")
         return [Domain(name, 0 if name == CLEAN else self.severity) for name in listed]
 
     def _check_plan(self) -> None:

@@ -25,6 +25,7 @@ from tta_lightning.data.classes import class_indices
 from tta_lightning.data.plan import Plan, Segment
 from tta_lightning.data.stream import StreamBatch
 from tta_lightning.errors import InputError
+from tta_lightning.functional import all_finite
 from tta_lightning.models.classifier import describe
 
 
@@ -41,6 +42,7 @@ class AdaptationLoop(_EvaluationLoop):
         bad_images: Position and reason of each image that could not be read.
         nonfinite_batches: Number of batches that were predicted but gave no finite loss.
         segment: The stretch of the stream that is running; None outside.
+        served: Number of images that the stream has given, bad ones included.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -50,7 +52,7 @@ class AdaptationLoop(_EvaluationLoop):
         self.segment: Segment | None = None
         self.bad_images: list[tuple[int, str]] = []
         self.nonfinite_batches = 0
-        self._seen = 0
+        self.served = 0
 
     @property
     def adapter(self) -> Adapter:
@@ -82,6 +84,9 @@ class AdaptationLoop(_EvaluationLoop):
 
     def on_run_end(self) -> Any:
         """Run the end hooks."""
+        if self.completed_batches == 0 and not self.trainer.should_stop:
+            reason = f": {self.bad_images[0][1]}" if self.bad_images else "."
+            raise InputError(f"The stream gave no image that could be used{reason}")
         self._leave_segment()
         self._hook("on_adapt_end")
         return super().on_run_end()
@@ -94,6 +99,7 @@ class AdaptationLoop(_EvaluationLoop):
             raise StopIteration
         batch = self._as_stream_batch(batch)
         self._note_bad_images(batch)
+        self.served += len(batch.labels) + len(batch.bad)
         if len(batch.labels) == 0:
             return
         self._enter_segment(batch)
@@ -106,8 +112,8 @@ class AdaptationLoop(_EvaluationLoop):
         self.batch_progress.increment_started()
 
         logits = self._adapt_step(batch.images)
-        self._check_width(logits)
-        self.nonfinite_batches += "not finite" in self.adapter.report.reason
+        self._check_width(logits, batch.labels)
+        self._note_what_is_not_finite(logits, batch_idx)
         self.batch_progress.increment_processed()
 
         self._hook("on_adapt_batch_end", logits, batch, batch_idx)
@@ -135,18 +141,19 @@ class AdaptationLoop(_EvaluationLoop):
         """Give images, or images and labels, of any dataloader the form of a stream's batch."""
         if isinstance(batch, StreamBatch):
             return batch
-        pair = isinstance(batch, list | tuple) and len(batch) == 2
-        images, labels = batch if pair else (batch, None)
-        if not isinstance(images, Tensor) or images.dim() != 4:
+        parts = list(batch) if isinstance(batch, list | tuple) else [batch]
+        images = parts[0] if parts else None
+        if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+            got = f"{list(images.shape)} {images.dtype}" if isinstance(images, Tensor) else batch
             raise InputError(
-                "adapt needs batches of images [B, 3, H, W], alone or as (images, labels); this "
-                f"dataloader gave {type(images).__name__}."
+                "adapt needs batches of floating-point images [B, 3, H, W] in [0, 1], alone or as "
+                f"(images, labels); this dataloader gave {got if parts else 'nothing'}."
             )
-        positions = torch.arange(self._seen, self._seen + len(images))
-        self._seen += len(images)
-        if labels is None:
-            labels = torch.full((len(images),), -1, dtype=torch.int64)
-        return StreamBatch(images, labels, positions)
+        labels = parts[1] if len(parts) > 1 else torch.full((len(images),), -1)
+        if not isinstance(labels, Tensor) or labels.shape != images.shape[:1]:
+            raise InputError("The labels of a batch must be class indices [B], one an image.")
+        positions = torch.arange(self.served, self.served + len(images))
+        return StreamBatch(images, labels.long(), positions)
 
     def _to_device(self, batch: StreamBatch) -> StreamBatch:
         """Move a batch; only the images pass through hooks of the adapter."""
@@ -166,6 +173,13 @@ class AdaptationLoop(_EvaluationLoop):
                 )
             self.bad_images.append((position, reason))
             warnings.warn(f"Left out: {reason}", stacklevel=2)
+
+    def _note_what_is_not_finite(self, logits: Tensor, batch_idx: int) -> None:
+        if all_finite(logits) and self.adapter.report.finite:
+            return
+        self.nonfinite_batches += 1
+        if self.adapter.report.finite:  # else the adapter has warned
+            warnings.warn(f"Batch {batch_idx} gave logits that are not finite.", stacklevel=2)
 
     # Segments ------------------------------------------------------------------------------------
 
@@ -196,13 +210,20 @@ class AdaptationLoop(_EvaluationLoop):
     def _align_classes(self) -> None:
         """Restrict the network's outputs to the classes of the stream, by name."""
         names = getattr(self._stream, "classes", None)
+        if names is None:  # a restriction that the user made stays
+            return
         known = describe(self.adapter.network).class_names
-        if names is None or known is None or tuple(names) == tuple(known):
+        if known is None or tuple(names) == tuple(known):
             self.adapter.restrict_classes(None)
         else:
             self.adapter.restrict_classes(class_indices(names, known))
 
-    def _check_width(self, logits: Tensor) -> None:
+    def _check_width(self, logits: Tensor, labels: Tensor) -> None:
+        if int(labels.max()) >= logits.shape[1]:
+            raise InputError(
+                f"The stream has label {int(labels.max())}, but the model gives "
+                f"{logits.shape[1]} logits. Use a model that was trained on these classes."
+            )
         names = getattr(self._stream, "classes", None)
         if names is not None and logits.shape[1] != len(names):
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

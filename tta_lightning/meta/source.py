@@ -93,9 +93,14 @@ class SourceTraining(LightningModule):
             optimizer = torch.optim.AdamW(groups, lr=self.lr)
         else:
             optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise InputError(
+                "The learning rate falls along a cosine that ends with the training: set "
+                "max_epochs or max_steps of the trainer."
+            )
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: cosine_with_warmup(step, steps, self.warmup)
+            optimizer, lambda step: cosine_with_warmup(step, int(steps), self.warmup)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tta_lightning.adapter import Adapter, Outputs, StepReport
+from tta_lightning.adapter import Adapter
+from tta_lightning.contract import Outputs, StepReport
 from tta_lightning.errors import InputError
 from tta_lightning.functional import all_finite
-from tta_lightning.models.norms import BatchNorm, batch_norm_layers, use_batch_statistics
+from tta_lightning.models.norms import (
+    BatchNorm,
+    batch_norm_layers,
+    use_batch_statistics,
+    warn_of_a_single_image,
+)
 
 
 class BNStats(Adapter):
@@ -50,6 +56,7 @@ class BNStats(Adapter):
             raise InputError(f"alpha = {alpha} is out of range: expected 0 <= alpha <= 1.")
         self.alpha = alpha
         self.running = running
+        self._warned = False
 
     def configure(self) -> None:
         """Let no parameter move; choose whose statistics normalise."""
@@ -60,7 +67,7 @@ class BNStats(Adapter):
                 "no such layer with running statistics. Use a batch-normalised network, or another "
                 "method."
             )
-        if self.alpha == 1 and not self.running:
+        if not self._blends:
             use_batch_statistics(layers.values())
 
     def adapt_step(self, images: Tensor) -> Tensor:
@@ -74,12 +81,16 @@ class BNStats(Adapter):
         """
         self.ready()
         with torch.no_grad(), self.phase("inference"):
-            if self.alpha == 1 and not self.running:
-                out = self.outputs(images)
-                self.report = StepReport(reason="statistics only, no parameter moves")
-            else:
-                out = self._outputs_with_blend(images)
-        return out.logits
+            if self._blends:
+                return self._outputs_with_blend(images, carry_on=self.running).logits
+            self.report = StepReport(reason="statistics only, no parameter moves")
+            return super().outputs(images).logits
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """Run the network once, with the statistics of these images but without keeping them."""
+        if self._blends:
+            return self._outputs_with_blend(images, carry_on=False)
+        return super().outputs(images)
 
     def moving_tensors(self) -> dict[str, Tensor]:
         """Name the running statistics, which move with ``running``."""
@@ -96,24 +107,32 @@ class BNStats(Adapter):
         layers = batch_norm_layers(self.network)
         return {name: layer for name, layer in layers.items() if layer.running_mean is not None}
 
-    def _outputs_with_blend(self, images: Tensor) -> Outputs:
+    @property
+    def _blends(self) -> bool:
+        return self.alpha != 1 or self.running
+
+    @torch.no_grad()
+    def _outputs_with_blend(self, images: Tensor, carry_on: bool) -> Outputs:
         """Run the network with each layer's statistics blended just before it normalises."""
+        if len(images) == 1 and not self._warned:
+            self._warned = True
+            warn_of_a_single_image()
         layers = self._layers().values()
         reference = [(_mean(layer).clone(), _var(layer).clone()) for layer in layers]
         hooks = [layer.register_forward_pre_hook(self._blend) for layer in layers]
+        keep = False
         try:
-            out = self.outputs(images)
+            out = super().outputs(images)
+            keep = carry_on and all_finite(*map(_mean, layers), *map(_var, layers))
         finally:
             for hook in hooks:
                 hook.remove()
-        keep = self.running and all_finite(*(_mean(la) for la in layers), *map(_var, layers))
-        if not keep:
-            for layer, (mean, var) in zip(layers, reference, strict=True):
-                _mean(layer).copy_(mean)
-                _var(layer).copy_(var)
-        self.report = StepReport(
-            updated=keep, reason="" if keep else "no statistics were carried on"
-        )
+            if not keep:
+                for layer, (mean, var) in zip(layers, reference, strict=True):
+                    _mean(layer).copy_(mean)
+                    _var(layer).copy_(var)
+        reason = "" if keep else "no statistics were carried on"
+        self.report = StepReport(updated=keep, reason=reason)
         return out
 
     def _blend(self, layer: nn.Module, args: tuple[Any, ...]) -> None:

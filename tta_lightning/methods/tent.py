@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tta_lightning.adapter import Adapter, Outputs
+from tta_lightning.adapter import Adapter
+from tta_lightning.contract import Outputs
 from tta_lightning.functional import entropy
 from tta_lightning.rules import UpdateRule
 

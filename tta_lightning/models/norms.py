@@ -62,11 +62,12 @@ def use_batch_statistics(layers: Iterable[BatchNorm]) -> None:
     Args:
         layers: Batch-normalisation layers.
     """
-    guard = _SmallBatchGuard()
+    guard = _Guard()
     for layer in layers:
         layer.train()
-        if layer.track_running_stats:
-            layer.track_running_stats = False
+        layer.track_running_stats = False
+        hooks = layer._forward_pre_hooks.values()
+        if layer.running_mean is not None and not any(isinstance(h, _Guard) for h in hooks):
             layer.register_forward_pre_hook(guard)
 
 
@@ -81,6 +82,16 @@ def use_source_statistics(layers: Iterable[BatchNorm]) -> None:
         layer.track_running_stats = layer.running_mean is not None
 
 
+def warn_of_a_single_image() -> None:
+    """Warn that batch statistics are taken from one image."""
+    warnings.warn(
+        "Batch statistics of a single image: each batch-normalisation layer uses the statistics of "
+        "that image's pixels alone (source statistics where it has only one pixel). Use a larger "
+        "batch size, or a model with group or layer normalisation.",
+        stacklevel=3,
+    )
+
+
 def _is_affine_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter):
@@ -90,7 +101,7 @@ def _is_affine_norm(module: nn.Module) -> bool:
     )
 
 
-class _SmallBatchGuard:
+class _Guard:
     """Forward pre-hook: source statistics where a batch has none, and one warning."""
 
     def __init__(self) -> None:
@@ -103,9 +114,4 @@ class _SmallBatchGuard:
         layer.training = inputs.numel() > inputs.shape[1]
         if inputs.shape[0] == 1 and not self.warned:
             self.warned = True
-            warnings.warn(
-                "Batch statistics of a single image: each batch-normalisation layer uses the "
-                "statistics of that image's pixels alone (source statistics where it has only one "
-                "pixel). Use a larger batch size, or a model with group or layer normalisation.",
-                stacklevel=2,
-            )
+            warn_of_a_single_image()

@@ -207,12 +207,19 @@ def _cell(accuracy: float | None, baseline: float | None) -> Text:
 
 def _protocol(run: Run) -> dict[str, Any]:
     stream = run.manifest["stream"] or {}
-    flat = {f"stream.{key}": value for key, value in stream.items()}
+    flat = {f"stream.{key}": _without_root(value) for key, value in stream.items()}
     return {
         **flat,
+        "segments": [segment["segment"] for segment in run.metrics["segments"]],
+        "images": run.metrics["overall"]["images"],
         "precision": run.manifest["precision"],
         "completed": run.metrics["completed"],
     }
+
+
+def _without_root(value: Any) -> Any:
+    """Leave out where the images lie: their digest says which they are."""
+    return {k: v for k, v in value.items() if k != "root"} if isinstance(value, dict) else value
 
 
 def _read(path: Path) -> dict[str, Any]:

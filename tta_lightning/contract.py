@@ -1,0 +1,85 @@
+"""What adapters, their terms and their loops exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tta_lightning.errors import InputError
+from tta_lightning.models.heads import Head
+from tta_lightning.rules import RuleState
+
+
+@dataclass
+class Outputs:
+    """What one forward pass gives to a method's loss.
+
+    Attributes:
+        logits: ``[B, C]``, restricted to the classes of the stream where it has a subset.
+        features: ``[B, D]``, the input of the final linear map; None where the network has no
+            such head.
+        selected: ``[B]`` bool, the samples that the method learns from, filled in by its loss;
+            None stands for all.
+    """
+
+    logits: Tensor
+    features: Tensor | None = None
+    selected: Tensor | None = None
+
+
+Term = Callable[[Outputs, Head], Tensor]
+"""A scalar that is added to a method's loss, computed from a forward pass and the head."""
+
+
+@dataclass
+class StepReport:
+    """What the last :meth:`Adapter.adapt_step` did.
+
+    Attributes:
+        updated: Whether the parameters moved.
+        loss: The loss that was minimised, a detached scalar; None where there was none.
+        finite: Whether loss and gradients were; if not, nothing moved.
+        reason: Why nothing moved; empty when something did.
+    """
+
+    updated: bool = False
+    loss: Tensor | None = None
+    finite: bool = True
+    reason: str = ""
+
+
+def unobserved(phase: str) -> AbstractContextManager[None]:
+    """Let a phase of a step pass unmeasured: what ``Adapter.phase`` is by default."""
+    return nullcontext()
+
+
+def checked_logits(logits: Any) -> Tensor:
+    """Return what a network gave if it is logits ``[B, C]``, else raise.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if isinstance(logits, Tensor) and logits.dim() == 2:
+        return logits
+    got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    raise InputError(
+        f"The network gave {got} where logits [B, C] are expected. Wrap it in a module that "
+        "returns the logits alone."
+    )
+
+
+def keep_counter(moved: Tensor, tensor: Tensor) -> Tensor:
+    """Keep the precision of a counter: bfloat16 counts to 256 only."""
+    return moved.to(tensor.dtype) if tensor.dim() == 0 else moved
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], state: RuleState) -> RuleState:
+    """Apply a function to every tensor of nested dicts."""
+    return {
+        key: map_tensors(fn, value) if isinstance(value, dict) else fn(value)
+        for key, value in state.items()
+    }

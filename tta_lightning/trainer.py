@@ -111,6 +111,9 @@ class Trainer(pl.Trainer):
         try:
             with self._run_folder(lambda: loop.completed_batches > 0), _quiet():
                 super().test(model, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
+                if loop.completed_batches == 0:
+                    reason = f": {loop.bad_images[0][1]}" if loop.bad_images else "."
+                    raise InputError(f"The stream gave no image that could be used{reason}")
                 recorders = [c for c in self.callbacks if isinstance(c, RunRecorder)]
                 return recorders[0].results(self)
         finally:

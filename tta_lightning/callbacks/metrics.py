@@ -148,6 +148,8 @@ class StreamMetrics(AdaptCallback):
 
     def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
         """Send the figures of the whole stream to the loggers."""
+        if not self.overall.update_called:
+            return
         known = {f"stream/{key}": v for key, v in self.overall.compute().items() if v is not None}
         for logger in trainer.loggers:
             logger.log_metrics(known, step=len(self._images))

@@ -84,9 +84,6 @@ class AdaptationLoop(_EvaluationLoop):
 
     def on_run_end(self) -> Any:
         """Run the end hooks."""
-        if self.completed_batches == 0 and not self.trainer.should_stop:
-            reason = f": {self.bad_images[0][1]}" if self.bad_images else "."
-            raise InputError(f"The stream gave no image that could be used{reason}")
         self._leave_segment()
         self._hook("on_adapt_end")
         return super().on_run_end()

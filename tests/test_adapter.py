@@ -285,6 +285,19 @@ def test_the_state_of_an_adapter_that_has_not_run_can_be_loaded():
     assert adapter.report.updated
 
 
+def test_a_reset_counts_as_unmoved_in_another_precision():
+    network = make_network("gn")
+    network[1].weight.data.fill_(1 / 3)  # not a bfloat16 number
+    tent = Tent(network, SGD(lr=0.1))
+    tent.ready()
+    tent.to(torch.bfloat16)
+    tent.reset()
+    Source(network).ready()  # nobody holds the network any more
+    tent.adapt_step(make_batches(1)[0].bfloat16())
+    with pytest.raises(InputError, match="still adapted"):
+        Source(network).ready()
+
+
 def test_counters_survive_a_change_of_precision():
     adapter = Tent(make_network("gn"), Adam(lr=1e-3))
     adapter.adapt_step(make_batches(1)[0])

@@ -277,7 +277,7 @@ class Adapter(LightningModule):
     def _has_moved(self) -> bool:
         source = self._source or {}
         moving = self.moving_tensors()
-        return any(not torch.equal(t, moving[name].to(t)) for name, t in source.items())
+        return any(not torch.equal(t.to(moving[name]), moving[name]) for name, t in source.items())
 
     def reset(self) -> None:
         """Return, bit for bit, to the source model with a fresh state of the rule."""

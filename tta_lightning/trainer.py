@@ -92,7 +92,7 @@ class Trainer(pl.Trainer):
 
         Args:
             model: The method.
-            dataloaders: An iterable of image batches ``[B, 3, H, W]``, alone or with labels.
+            dataloaders: A DataLoader of image batches ``[B, 3, H, W]``, alone or with labels.
             datamodule: A :class:`~tta_lightning.data.Stream`, instead of ``dataloaders``.
 
         Returns:

@@ -179,6 +179,7 @@ def test_stock_callbacks_and_loggers_work(tmp_path):
     rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").read_text().splitlines()))
     accuracies = [row["stream/accuracy"] for row in rows if row.get("stream/accuracy")]
     assert len(accuracies) == 1
+    assert sum(bool(row.get("contrast-3/accuracy")) for row in rows) == 1
     assert 0 <= float(accuracies[0]) <= 1
     assert any((tmp_path / "tb").glob("events*"))
 

@@ -52,6 +52,7 @@ def fitted(tmp_path):
 def test_learns_and_the_checkpoint_is_a_model(fitted, tmp_path):
     fitting, module, data = fitted
     assert fitting.callback_metrics["val/accuracy"] == 1.0
+    assert fitting.optimizers[0].param_groups[0]["lr"] < 1e-6  # the cosine is stepwise
     (test,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
     assert test["test/accuracy"] == 1.0
     (path,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")

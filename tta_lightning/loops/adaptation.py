@@ -40,7 +40,8 @@ class AdaptationLoop(_EvaluationLoop):
 
     Attributes:
         bad_images: Position and reason of each image that could not be read.
-        nonfinite_batches: Number of batches that were predicted but gave no finite loss.
+        nonfinite_batches: Number of batches that were predicted but whose logits, loss or gradients
+            were not finite.
         segment: The stretch of the stream that is running; None outside.
         served: Number of images that the stream has given, bad ones included.
     """
@@ -127,10 +128,11 @@ class AdaptationLoop(_EvaluationLoop):
         """Run the method's step; what it logs with ``self.log`` counts as of the test step."""
         adapter = self.adapter
         before, adapter._current_fx_name = adapter._current_fx_name, "test_step"
-        with torch.enable_grad(), self.trainer.precision_plugin.test_step_context():
-            logits = adapter.adapt_step(images)
-        adapter._current_fx_name = before
-        return logits
+        try:
+            with torch.enable_grad(), self.trainer.precision_plugin.test_step_context():
+                return adapter.adapt_step(images)
+        finally:
+            adapter._current_fx_name = before
 
     # Batches -------------------------------------------------------------------------------------
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -19,9 +22,22 @@ def entropy(logits: Tensor) -> Tensor:
     Returns:
         Entropy in nats, ``[B]``, between 0 and ``ln C``.
     """
-    if logits.dtype in (torch.float16, torch.bfloat16):
+    if logits.dtype in HALF:
         logits = logits.float()
     return -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
+
+
+def keep_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make what a module applies to its tensors move them, but never to less than float32.
+
+    For ``Module._apply`` of parts that need their precision whatever the network around them has.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return tensor.to(moved.device) if moved.dtype in HALF else moved
+
+    return move
 
 
 def all_finite(*tensors: Tensor) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tta_lightning.errors import InputError
-from tta_lightning.rules import SGD, Adam, UpdateRule
+from tta_lightning.rules import MGG, SGD, Adam, Sign, UpdateRule
 
 STEPS = 6
 
@@ -92,7 +92,37 @@ def test_adam_bias_correction_survives_float32():
     assert updates["a"].item() == pytest.approx(-1.0, abs=5e-7)
 
 
-RULES = [SGD(0.1), SGD(0.1, momentum=0.9, dampening=0.1), SGD(0.1, 0.9, nesterov=True), Adam(0.1)]
+def trained_mgg(**options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        rule = MGG(**options).double()
+        with torch.no_grad():  # as after training: no weight has a special value
+            for parameter in rule.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return rule
+
+
+RULES = [
+    SGD(0.1),
+    SGD(0.1, momentum=0.9, dampening=0.1),
+    SGD(0.1, 0.9, nesterov=True),
+    Adam(0.1),
+    Sign(0.1),
+    Sign(0.1, bias_correction="exact"),
+    trained_mgg(lr=0.1),
+    trained_mgg(lr=0.1, form="extended"),
+    trained_mgg(lr=0.1, mask_zero_gradients=False, bias_correction="exact", hidden=3),
+]
+
+
+def buffers_of(state, name, params):
+    """The part of a rule's state that belongs to one parameter: of dicts, or of flat tensors."""
+    names = list(params)
+    start = sum(params[other].numel() for other in names[: names.index(name)])
+    stop = start + params[name].numel()
+    found = [value[name] for value in state.values() if isinstance(value, dict)]
+    flat = [v for v in state.values() if isinstance(v, torch.Tensor) and v.dim() > 0]
+    return found + [value[start:stop] for value in flat]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -124,12 +154,33 @@ def test_update_is_differentiable(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_parameter_without_gradient_stays(rule):
     params, steps = gradients()
-    grads = {"a": steps[0]["a"]}
-    state = rule.init(params)
-    updates, after = rule.update(grads, state, params)
-    assert set(updates) == {"a"}
-    for buffers in (value for value in after.values() if isinstance(value, dict)):
-        assert torch.equal(buffers["b"], torch.zeros_like(params["b"]))
+    _, state = run_rule(rule, params, steps[:2])
+    for at in (rule.init(params), state):
+        updates, after = rule.update({"a": steps[2]["a"]}, at, params)
+        assert set(updates) == {"a"}
+        for name in params:
+            before, now = buffers_of(at, name, params), buffers_of(after, name, params)
+            for earlier, later in zip(before, now, strict=True):
+                assert torch.equal(earlier, later) == (name != "a")
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not isinstance(rule, MGG)])
+def test_buffers_start_at_zero(rule):
+    params, _ = gradients()
+    for name in params:
+        for buffer in buffers_of(rule.init(params), name, params):
+            assert torch.equal(buffer, torch.zeros_like(params[name]))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_updates_have_the_names_shapes_and_precision_of_the_parameters(rule):
+    params, steps = gradients()
+    updates, _ = rule.update(steps[0], rule.init(params), params)
+    assert list(updates) == list(params)
+    for name, update in updates.items():
+        assert update.shape == params[name].shape
+        assert update.dtype == params[name].dtype
+        assert update.abs().min() > 0
 
 
 @pytest.mark.parametrize(

@@ -115,13 +115,21 @@ def network_part(state: Mapping[str, Any]) -> dict[str, Any]:
     return {k.removeprefix(start): value for k, value in state.items() if k.startswith(start)}
 
 
-def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+def load_strictly(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    origin: str,
+    what: str = "network",
+    advice: str = "Choose the model (and num_classes) that the weights were saved from.",
+) -> None:
     """Load a state dict into a network, or change nothing and say what does not fit.
 
     Args:
         network: Receives the weights in place.
         weights: Names with tensors.
         origin: Where the weights come from, for the message.
+        what: What the network is called in the message.
+        advice: What the message tells to do.
 
     Raises:
         InputError: Names are missing or left over, or shapes differ. Lists the first ten.
@@ -137,9 +145,8 @@ def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], origin: str
     if problems:
         more = "; ..." if len(problems) > SHOWN else ""
         raise InputError(
-            f"The weights {origin} do not fit the network {describe(network).name}: "
-            f"{len(problems)} differences: {'; '.join(problems[:SHOWN])}{more}. Choose the model "
-            "(and num_classes) that the weights were saved from."
+            f"The weights {origin} do not fit the {what} {describe(network).name}: "
+            f"{len(problems)} differences: {'; '.join(problems[:SHOWN])}{more}. {advice}"
         )
     network.load_state_dict(weights, strict=False)
 

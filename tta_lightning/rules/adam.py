@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from tta_lightning.rules.base import RuleState, Tensors, UpdateRule, require, step_counter
+from tta_lightning.rules.base import (
+    RuleState,
+    Tensors,
+    UpdateRule,
+    require,
+    require_betas,
+    step_counter,
+)
+from tta_lightning.rules.moments import normalise
 
 
 class Adam(UpdateRule):
@@ -35,10 +41,7 @@ class Adam(UpdateRule):
     ) -> None:
         super().__init__()
         self.lr = require("lr", lr, 0.0)
-        self.betas = (
-            require("betas[0]", betas[0], 0.0, 1.0),
-            require("betas[1]", betas[1], 0.0, 1.0),
-        )
+        self.betas = require_betas(betas)
         self.eps = require("eps", eps, 0.0)
         self.weight_decay = require("weight_decay", weight_decay, 0.0)
 
@@ -56,19 +59,9 @@ class Adam(UpdateRule):
         """Compute Adam's step; see :class:`UpdateRule`."""
         updates: dict[str, Tensor] = {}
         step, m, v = state["step"] + 1, dict(state["m"]), dict(state["v"])
-        b1, b2 = self.betas
-        correction1, correction2 = _one_minus_power(b1, step), _one_minus_power(b2, step)
         for name, grad in grads.items():
             g = grad + self.weight_decay * params[name] if self.weight_decay else grad
-            m[name] = b1 * m[name] + (1 - b1) * g
-            v[name] = b2 * v[name] + (1 - b2) * g * g
-            m_hat, v_hat = m[name] / correction1, v[name] / correction2
-            updates[name] = -self.lr * m_hat / (v_hat.sqrt() + self.eps)
+            found = normalise(g, m[name], v[name], step, self.betas, self.eps)
+            m[name], v[name] = found.m, found.v
+            updates[name] = -self.lr * found.momentum
         return updates, {"step": step, "m": m, "v": v}
-
-
-def _one_minus_power(beta: float, step: Tensor) -> Tensor:
-    """Compute ``1 - beta^step`` without the cancellation that float32 suffers at small steps."""
-    if beta == 0:
-        return torch.ones_like(step)
-    return -torch.expm1(step * math.log(beta))

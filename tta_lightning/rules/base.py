@@ -73,3 +73,13 @@ def require(name: str, value: float, low: float, high: float | None = None) -> f
         upper = "inf" if high is None else f"{high:g}"
         raise InputError(f"{name} = {value} is out of range: expected {low:g} <= {name} < {upper}.")
     return value
+
+
+def require_betas(betas: tuple[float, float]) -> tuple[float, float]:
+    """Return the decays of two moments if each lies in ``[0, 1)``, else raise.
+
+    Raises:
+        InputError: Names the decay and its range.
+    """
+    first, second = betas
+    return require("betas[0]", first, 0.0, 1.0), require("betas[1]", second, 0.0, 1.0)

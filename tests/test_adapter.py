@@ -11,8 +11,21 @@ from tests.networks import make_batches, make_network
 from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs
 from tta_lightning.errors import InputError
-from tta_lightning.methods import BNStats, Source, Tent
-from tta_lightning.rules import SGD, Adam
+from tta_lightning.methods import MGTTA, BNStats, Source, Tent
+from tta_lightning.rules import MGG, SGD, Adam
+
+
+def make_mgtta(network, rule):
+    """MGTTA knows no loss before it has seen clean images."""
+    adapter = MGTTA(network, rule)
+    adapter.prepare(make_batches(3, seed=9))
+    return adapter
+
+
+def make_mgg():
+    torch.manual_seed(3)
+    return MGG(lr=0.01)
+
 
 METHODS = {
     "source": lambda network: Source(network),
@@ -21,6 +34,8 @@ METHODS = {
     "bn-running": lambda network: BNStats(network, alpha=0.3, running=True),
     "tent-sgd": lambda network: Tent(network, SGD(lr=0.01, momentum=0.9)),
     "tent-adam": lambda network: Tent(network, Adam(lr=0.01)),
+    "mgtta-mgg": lambda network: make_mgtta(network, make_mgg()),
+    "mgtta-sgd": lambda network: make_mgtta(network, SGD(lr=0.01, momentum=0.9)),
 }
 CASES = [
     pytest.param(make, norm, id=f"{name}-{norm}")
@@ -57,7 +72,7 @@ class TestContract:
         moved = {n for n, t in state_of(adapter).items() if not torch.equal(t, source[n])}
         named = {n.removeprefix("network.") for n in adapter.moving_tensors()}
         assert moved <= named
-        if isinstance(adapter, Tent):
+        if isinstance(adapter, Tent | MGTTA):
             assert moved == named
 
     def test_state_dict_continues_in_mid_stream(self, make, norm):

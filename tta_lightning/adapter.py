@@ -286,7 +286,7 @@ class Adapter(LightningModule):
         with torch.no_grad():
             for name, tensor in self.moving_tensors().items():
                 tensor.copy_(self._source[name])
-        self.rule_state = self.rule.init(self._adapted)
+            self.rule_state = self.rule.init(self._adapted)
         self.report = StepReport()
 
     def restrict_classes(self, classes: Sequence[int] | None) -> None:

@@ -246,7 +246,7 @@ class AdaptationLoop(_EvaluationLoop):
                 "datamodule with `clean_batches`, such as Stream(clean=...)."
             )
         for images in batches():
-            yield images.to(self.adapter.device)
+            yield self.trainer.precision_plugin.convert_input(images).to(self.adapter.device)
 
     def _hook(self, name: str, *args: Any) -> None:
         """Call a hook of ours on every callback that has it; stock ones do not."""

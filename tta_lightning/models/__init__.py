@@ -4,12 +4,14 @@ from tta_lightning.models.classifier import Classifier, ModelInfo, describe, wei
 from tta_lightning.models.convnet import SmallConvNet
 from tta_lightning.models.heads import FeatureCapture, Head, capture_features, find_head
 from tta_lightning.models.loading import checkpoint_record, load_model
+from tta_lightning.models.resnet26_gn import ResNet26GN
 
 __all__ = [
     "Classifier",
     "FeatureCapture",
     "Head",
     "ModelInfo",
+    "ResNet26GN",
     "SmallConvNet",
     "capture_features",
     "checkpoint_record",

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.callbacks import (
@@ -124,6 +125,8 @@ class Trainer(pl.Trainer):
         _suit(kwargs.get("datamodule") or next(iter(args), None), model)
         own = [c for c in self.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is None]
         with self._run_folder(lambda: self.global_step > 0), _quiet():
+            if isinstance(getattr(model, "method", None), Adapter):  # it chooses its own modes
+                warnings.filterwarnings("ignore", message=".*in eval mode at the start of.*")
             for callback in own:
                 if self.run_folder is not None:
                     callback.dirpath = str(self.run_folder / "checkpoints")
@@ -145,7 +148,8 @@ class Trainer(pl.Trainer):
 
     @contextmanager
     def _run_folder(self, has_results: Callable[[], bool]) -> Iterator[None]:
-        if self.run_dir is False or self.fast_dev_run:
+        is_first = getattr(rank_zero_only, "rank", 0) == 0  # of several processes one writes
+        if self.run_dir is False or self.fast_dev_run or not is_first:
             self.run_folder = None
             yield
             return

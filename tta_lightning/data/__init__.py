@@ -15,6 +15,7 @@ from tta_lightning.data.datasets import (
 )
 from tta_lightning.data.labelled import LabelledImages
 from tta_lightning.data.plan import Domain, Plan, Segment
+from tta_lightning.data.shifted import ShiftedBatch, ShiftedImages
 from tta_lightning.data.stream import Stream, StreamBatch
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "LabelledImages",
     "Plan",
     "Segment",
+    "ShiftedBatch",
+    "ShiftedImages",
     "Stream",
     "StreamBatch",
     "TorchvisionDataset",

@@ -16,7 +16,7 @@ from tta_lightning.data import corruptions as corruption_module
 from tta_lightning.data.corruptions import CLEAN, corrupt
 from tta_lightning.data.datasets import BadImageError, ImageSource
 from tta_lightning.data.geometry import Geometry, ImageSize, geometry
-from tta_lightning.data.plan import Domain, Plan
+from tta_lightning.data.plan import Domain, Plan, concatenate
 from tta_lightning.data.scenarios import SCENARIOS
 from tta_lightning.describe import constructor_arguments
 from tta_lightning.errors import InputError, unknown_name
@@ -96,8 +96,7 @@ class Stream(LightningDataModule):
             raise InputError(f"batch_size = {batch_size}: expected 1 or more.")
         if limit is not None and limit < 1:
             raise InputError(f"limit = {limit}: expected 1 or more, or none for all images.")
-        if not 1 <= severity <= 5:
-            raise InputError(f"severity {severity} is out of range, expected 1 to 5.")
+        check_severity(severity)
         if scenario not in SCENARIOS:
             raise unknown_name("scenario", scenario, SCENARIOS)
         self.source = source
@@ -138,12 +137,12 @@ class Stream(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Serve the plan."""
-        dataset = _PlanDataset(self.source, self.plan, self.geometry, self.table, self.seed)
+        dataset = PlanDataset(self.source, self.plan, self.geometry, self.table, self.seed)
         return DataLoader(
             dataset,
             batch_sampler=_PlanBatches(self.plan, self.batch_size),
             num_workers=self.num_workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             persistent_workers=False,
         )
 
@@ -158,16 +157,7 @@ class Stream(LightningDataModule):
                 "This method looks at clean, unlabelled images before the stream, and none were "
                 "given. Set `clean` of the stream to a source of clean images."
             )
-        everything = np.arange(len(self.clean), dtype=np.int64)
-        plan = SCENARIOS["continual"](
-            everything, [Domain(CLEAN, 0)], np.random.default_rng(self.seed)
-        )
-        dataset = _PlanDataset(self.clean, plan, self.geometry, self.table, self.seed)
-        for positions in plan.batches(self.batch_size):
-            batch = _collate([dataset[position] for position in positions])
-            if batch.bad:
-                raise InputError(f"A clean image cannot be used: {batch.bad[0][1]}")
-            yield batch.images
+        return clean_batches(self.clean, self.geometry, self.batch_size)
 
     def describe(self) -> dict[str, Any]:
         """Say what stream this is, as plain values for a manifest."""
@@ -206,12 +196,7 @@ class Stream(LightningDataModule):
                     f"{', '.join(map(str, stored))}."
                 )
             return at_severity
-        listed = CORRUPTION_SETS.get(names, [names]) if isinstance(names, str) else names
-        if not listed:
-            raise InputError("corruptions is an empty list: name at least one, or leave it out.")
-        if len(set(listed)) < len(listed):
-            raise InputError(f"corruptions names one twice: {', '.join(listed)}.")
-        return [Domain(name, 0 if name == CLEAN else self.severity) for name in listed]
+        return corruption_domains(names, self.severity)
 
     def _check_plan(self) -> None:
         stored = self.source.domains
@@ -228,39 +213,96 @@ class Stream(LightningDataModule):
             )
 
 
-class _Sample(NamedTuple):
+def check_severity(severity: int) -> None:
+    """Refuse a severity that is not one of 1 to 5.
+
+    Raises:
+        InputError: Names it.
+    """
+    if not 1 <= severity <= 5:
+        raise InputError(f"severity {severity} is out of range, expected 1 to 5.")
+
+
+def corruption_domains(names: str | Sequence[str], severity: int) -> list[Domain]:
+    """Return the domains that a data module's ``corruptions`` and ``severity`` ask for.
+
+    Args:
+        names: ``common``, ``extra`` or ``all``, one corruption, or a list of them.
+        severity: For each of them; the clean image has none.
+
+    Raises:
+        InputError: The list is empty or names one twice.
+    """
+    listed = CORRUPTION_SETS.get(names, [names]) if isinstance(names, str) else names
+    if not listed:
+        raise InputError("corruptions is an empty list: name at least one, or leave it out.")
+    if len(set(listed)) < len(listed):
+        raise InputError(f"corruptions names one twice: {', '.join(listed)}.")
+    return [Domain(name, 0 if name == CLEAN else severity) for name in listed]
+
+
+def clean_batches(source: ImageSource, size: Geometry, batch_size: int) -> Iterator[Tensor]:
+    """Yield all images of a source, uncorrupted, in an order that is shuffled but always the same.
+
+    A folder lists its classes one after the other, and batch normalisation wants batches of all.
+
+    Args:
+        source: The images.
+        size: What they are resized and cropped to.
+        batch_size: Images a batch.
+
+    Yields:
+        ``[B, 3, H, W]`` float32 in [0, 1].
+
+    Raises:
+        InputError: An image cannot be used.
+    """
+    everything = np.random.default_rng(0).permutation(len(source))
+    plan = concatenate("clean", [everything], [Domain(CLEAN, 0)], reset=False)
+    dataset = PlanDataset(source, plan, size, table="imagenet", seed=0)
+    for positions in plan.batches(batch_size):
+        batch = collate([dataset[position] for position in positions])
+        if batch.bad:
+            raise InputError(f"A clean image cannot be used: {batch.bad[0][1]}")
+        yield batch.images
+
+
+class Sample(NamedTuple):
+    """One image of a plan, or the reason why it could not be read."""
+
     image: NDArray[np.uint8] | None
     label: int
     position: int
     error: str
 
 
-class _PlanDataset(Dataset[_Sample]):
+class PlanDataset(Dataset[Sample]):
     """Position in the plan to image; an image that cannot be read is handed on as a reason."""
 
     def __init__(
         self, source: ImageSource, plan: Plan, size: Geometry, table: str, seed: int
     ) -> None:
+        super().__init__()
         self.source, self.plan, self.geometry = source, plan, size
         self.table, self.seed = table, seed
 
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, position: int) -> _Sample:
+    def __getitem__(self, position: int) -> Sample:
         index, domain = int(self.plan.samples[position]), self.plan.domain(position)
         label = int(self.source.labels[index])
         try:
             if self.source.domains is not None:
                 stored = self.source.load(index, domain.corruption, domain.severity)
-                return _Sample(self.geometry(stored), label, position, "")
+                return Sample(self.geometry(stored), label, position, "")
             image = self.geometry(self.source.load(index))
         except BadImageError as error:
-            return _Sample(None, label, position, str(error))
+            return Sample(None, label, position, str(error))
         image = corrupt(
             image, domain.corruption, domain.severity, index=index, seed=self.seed, table=self.table
         )
-        return _Sample(image, label, position, "")
+        return Sample(image, label, position, "")
 
 
 class _PlanBatches(Sampler[list[int]]):
@@ -274,7 +316,12 @@ class _PlanBatches(Sampler[list[int]]):
         return sum(-(-(s.stop - s.start) // self.batch_size) for s in self.plan.segments)
 
 
-def _collate(samples: Sequence[_Sample]) -> StreamBatch:
+def collate(samples: Sequence[Sample]) -> StreamBatch:
+    """Make a batch of samples.
+
+    Raises:
+        InputError: Their images differ in size.
+    """
     good = [sample for sample in samples if sample.image is not None]
     images = [sample.image for sample in good if sample.image is not None]
     shapes = {image.shape for image in images}

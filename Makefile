@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs/demo
+ADAPTED := gn-source gn-tent gn-mgtta bn-source bn-bnstats bn-tent
 
 .PHONY: help setup demo test lint format bench clean
 
@@ -18,17 +19,19 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: setup  ## Train two small models on digits, adapt them through 15 corruptions, print the table
+demo: setup  ## Train two small models and a rule on digits, adapt through 15 corruptions, print the table
 	@test ! -e $(RUNS) || { echo "$(RUNS) exists and is never overwritten: make demo RUNS=another/folder"; exit 2; }
 	$(BIN)/tta fit -c configs/fit/digits_gn.yaml --trainer.run_dir $(RUNS)/gn
 	$(BIN)/tta fit -c configs/fit/digits_bn.yaml --trainer.run_dir $(RUNS)/bn
-	$(MAKE) --no-print-directory $(RUNS)/gn-source $(RUNS)/gn-tent $(RUNS)/bn-source $(RUNS)/bn-bnstats $(RUNS)/bn-tent
-	$(BIN)/tta compare $(RUNS)/gn-source $(RUNS)/gn-tent $(RUNS)/bn-source $(RUNS)/bn-bnstats $(RUNS)/bn-tent -o $(RUNS)
+	$(BIN)/tta fit -c configs/fit/mgg.yaml --model.method.network $(RUNS)/gn/checkpoints/best.ckpt --trainer.run_dir $(RUNS)/mgg
+	$(MAKE) --no-print-directory $(addprefix $(RUNS)/,$(ADAPTED))
+	$(BIN)/tta compare $(addprefix $(RUNS)/,$(ADAPTED)) -o $(RUNS)
 
 # one run: the model before the dash, the configuration of the method after it
+$(RUNS)/gn-mgtta: RULE := --model.rule.checkpoint $(RUNS)/mgg/checkpoints/best.ckpt
 $(RUNS)/gn-%:
 	$(BIN)/tta adapt -c configs/adapt/$*.yaml -c configs/stream/digits.yaml \
-	  --model.network $(RUNS)/gn/checkpoints/best.ckpt --trainer.run_dir $@
+	  --model.network $(RUNS)/gn/checkpoints/best.ckpt --trainer.run_dir $@ $(RULE)
 $(RUNS)/bn-%:
 	$(BIN)/tta adapt -c configs/adapt/$*.yaml -c configs/stream/digits.yaml \
 	  --model.network $(RUNS)/bn/checkpoints/best.ckpt --trainer.run_dir $@
@@ -49,6 +52,7 @@ bench: setup  ## Time adapt against a bare loop, its memory on a long stream, an
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/long_stream.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/learned_rule_cost.py
 
 clean:  ## Remove .venv and caches; runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

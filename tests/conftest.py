@@ -19,6 +19,11 @@ from tta_lightning.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CPU = ("--trainer.accelerator", "cpu")
+PRETRAIN = (  # and then the network
+    *("fit", "-c", CONFIGS / "fit" / "mgg.yaml", "--trainer.max_epochs=1"),
+    *("--trainer.log_every_n_steps=1", "--data.images=40", "--data.batch_size=10"),
+    *("--data.val_images=40", "--data.val_batch_size=10", "--model.method.network"),
+)
 RunTTA = Callable[..., "Outcome"]
 
 
@@ -63,6 +68,15 @@ def digits_run(tta: RunTTA, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def digits_checkpoint(digits_run: Path) -> Path:
     """The checkpoint of that training, a network for ``tta adapt``."""
     return digits_run / "checkpoints" / "best.ckpt"
+
+
+@pytest.fixture(scope="session")
+def rule_checkpoint(tta: RunTTA, digits_checkpoint: Path, tmp_path_factory: Any) -> Path:
+    """The checkpoint of a short pre-training of MGG for that network."""
+    folder = tmp_path_factory.mktemp("rule")
+    outcome = tta(folder, *PRETRAIN, digits_checkpoint, *CPU, "--trainer.run_dir", "run")
+    assert outcome.code == 0, outcome.err
+    return folder / "run" / "checkpoints" / "best.ckpt"
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def mean(accuracies: dict[str, float]) -> float:
 
 
 def train(
-    options: argparse.Namespace, network: nn.Module, kind: str, seed: int
+    options: argparse.Namespace, network: nn.Module, kind: str, seed: int, folder: str
 ) -> tuple[str, float]:
     """Pre-train a rule for a network; return the checkpoint and the seconds it took."""
     seed_everything(seed, verbose=False)
@@ -128,8 +128,7 @@ def train(
         clean=clean_of(options),
         seed=seed,
     )
-    folder = Path(tempfile.mkdtemp(prefix=f"{kind}-"))
-    best = ModelCheckpoint(folder, filename="best", monitor="val/selection")
+    best = ModelCheckpoint(folder, filename=f"{kind}-{seed}", monitor="val/selection")
     start = time.perf_counter()
     Trainer(
         run_dir=False,
@@ -189,8 +188,22 @@ def prepared(network: nn.Module, rule: Any, weight: float, clean: list[Tensor]) 
 
 
 def tune(arm: Arm, network: nn.Module, batches: Batches) -> dict[str, float]:
-    """Return the mean accuracy on the tuning corruptions for each learning rate."""
-    return {f"{lr:g}": mean(run(arm.make(network, lr), batches)[0]) for lr in arm.grid}
+    """Return the mean accuracy on the tuning corruptions for each learning rate.
+
+    The grid goes on by steps of its last ratio while its largest learning rate is the best.
+    """
+    found = {f"{lr:g}": accuracy(arm, network, lr, batches) for lr in arm.grid}
+    last, largest = arm.grid[-2:] if len(arm.grid) > 1 else (0.0, 0.0)
+    while largest and max(found, key=lambda lr: found[lr]) == f"{largest:g}":
+        last, largest = largest, largest * largest / last
+        found[f"{largest:g}"] = accuracy(arm, network, largest, batches)
+    return found
+
+
+def accuracy(arm: Arm, network: nn.Module, lr: float, batches: Batches) -> float:
+    """Return the mean accuracy of an arm; a random rule is the same one at every call."""
+    torch.manual_seed(0)
+    return mean(run(arm.make(network, lr), batches)[0])
 
 
 def clean_batches(options: argparse.Namespace) -> list[Tensor]:
@@ -249,11 +262,12 @@ def main() -> None:
     parser.add_argument("--unroll-images", type=int, default=4000)
     parser.add_argument("--unroll-epochs", type=int, default=20)
     parser.add_argument("--sensitivity", action="store_true", help="also vary the loss weight")
+    parser.add_argument("--only", nargs="+", help="arms to run anew, the others stay in the file")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore", module="lightning")
     console, results = Console(), measure(options)
     console.print(table(results), soft_wrap=True)
     console.print(f"{options.out}", soft_wrap=True)
@@ -262,37 +276,67 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run everything; the file is written after each repetition."""
     clean = clean_batches(options)
-    results: dict[str, Any] = {"options": {**vars(options), "out": str(options.out)}, "arms": {}}
+    results: dict[str, Any] = {"arms": {}, "training_seconds": {}}
+    if options.only:  # the others stay as they are in the file
+        results = json.loads(options.out.read_text())
+        for name in options.only:
+            results["arms"].pop(name, None)
+    results["options"] = {**vars(options), "out": str(options.out)}
     for seed, path in enumerate(options.networks):
         network = load_model(path)
-        arms = fixed_arms(options, clean)
-        for kind in ("greedy", "unroll"):
-            checkpoint, seconds = train(options, network, kind, seed)
-            arms[f"MGG ours, {kind}"] = learned_arm(options, kind, checkpoint, clean)
-            results.setdefault("training_seconds", {}).setdefault(kind, []).append(seconds)
-        tuning = stream(options, "extra", seed) if seed == 0 else {}
-        batches = stream(options, "common", seed)
-        for name, arm in arms.items():
-            if seed == 0:
-                found = tune(arm, network, tuning)
-                best = max(found, key=lambda lr: found[lr])
-                results["arms"][name] = {
-                    "lr": best,
-                    "tuning": found,
-                    "accuracies": [],
-                    "curves": [],
-                }
-            record = results["arms"][name]
-            torch.manual_seed(seed)  # of the untrained rule
-            accuracies, curve = run(arm.make(network, float(record["lr"])), batches)
-            record["accuracies"].append(accuracies)
-            record["curves"].append(curve)
-            print(f"{path} {name} lr {record['lr']}: {mean(accuracies):.2f}", flush=True)
-        if seed == 0 and options.sensitivity:
-            results["weights"] = sensitivity(options, network, arms, results, tuning)
+        with tempfile.TemporaryDirectory() as folder:
+            arms = make_arms(options, network, seed, clean, folder, results)
+            repeat(options, network, seed, arms, results)
         finish(results)
         write_atomically(options.out, json.dumps(results, indent=1))
     return results
+
+
+def make_arms(
+    options: argparse.Namespace,
+    network: nn.Module,
+    seed: int,
+    clean: list[Tensor],
+    folder: str,
+    results: dict[str, Any],
+) -> dict[str, Arm]:
+    """Make the arms that are asked for, and train those that need it."""
+    arms = fixed_arms(options, clean)
+    for kind in ("greedy", "unroll"):
+        name = f"MGG ours, {kind}"
+        if not options.only or name in options.only:
+            checkpoint, seconds = train(options, network, kind, seed, folder)
+            arms[name] = learned_arm(options, kind, checkpoint, clean)
+            results["training_seconds"].setdefault(kind, []).append(seconds)
+    return {name: arm for name, arm in arms.items() if not options.only or name in options.only}
+
+
+def repeat(
+    options: argparse.Namespace,
+    network: nn.Module,
+    seed: int,
+    arms: dict[str, Arm],
+    results: dict[str, Any],
+) -> None:
+    """Run all arms on one network; tune them first if it is the first."""
+    tuning = stream(options, "extra", seed) if seed == 0 else {}
+    batches = stream(options, "common", seed)
+    for name, arm in arms.items():
+        if seed == 0:
+            found = tune(arm, network, tuning)
+            best = max(found, key=lambda lr: found[lr])
+            results["arms"][name] = {"lr": best, "tuning": found, "accuracies": [], "curves": []}
+        record = results["arms"][name]
+        torch.manual_seed(seed)  # of the untrained rule
+        accuracies, curve = run(arm.make(network, float(record["lr"])), batches)
+        record["accuracies"].append(accuracies)
+        record["curves"].append(curve)
+        print(
+            f"{options.networks[seed]} {name} lr {record['lr']}: {mean(accuracies):.2f}", flush=True
+        )
+    if seed == 0 and options.sensitivity:
+        found = sensitivity(options, network, arms, results, tuning)
+        results["weights"] = {**results.get("weights", {}), **found}
 
 
 def finish(results: dict[str, Any]) -> None:
@@ -317,6 +361,7 @@ def sensitivity(
         if name in ("Source", "Tent"):
             continue
         for factor in FACTORS:
+            torch.manual_seed(0)  # of the untrained rule
             method = arm.make(network, float(results["arms"][name]["lr"]))
             assert isinstance(method, MGTTA)
             method.statistics_weight = factor * options.weight

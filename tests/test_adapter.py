@@ -12,6 +12,7 @@ from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs
 from tta_lightning.errors import InputError
 from tta_lightning.methods import MGTTA, BNStats, Source, Tent
+from tta_lightning.models import weights_hash
 from tta_lightning.rules import MGG, SGD, Adam
 
 
@@ -146,6 +147,12 @@ class TestContract:
         twin = copy.deepcopy(adapter)
         expected = replay(adapter, make_batches(2, seed=5))
         assert torch.equal(replay(twin, make_batches(2, seed=5)), expected)
+
+
+def test_the_weights_of_a_learned_rule_are_described():
+    rule = MGG()
+    assert Tent(make_network("gn"), rule).describe()["rule"]["weights_sha256"] == weights_hash(rule)
+    assert "weights_sha256" not in Tent(make_network("gn")).describe()["rule"]
 
 
 def test_snapshot_holds_only_what_moves():

@@ -47,6 +47,8 @@ def place(tmp_path_factory, noise_images):
     torch.save(
         {"tta_lightning": checkpoint_record(network), "state_dict": state}, root / "model.ckpt"
     )
+    torch.save((torch.tensor([-1.0, 1.0]), torch.ones(2)), root / "mean_std.pt")
+    torch.save((torch.ones(3), torch.ones(3)), root / "narrow.pt")
     for name, text in MISSPELT.items():
         (root / f"{name}.yaml").write_text(text)
     return root
@@ -73,6 +75,7 @@ def adapt(*options, method="source"):
 
 
 ROOT = "--data.source.root"
+MGTTA = ("--model", "MGTTA", "--model.network", "model.ckpt", "--model.rule")
 # what is given: the words that the sentence must hold
 CASES = {
     "missing folder": ((ROOT, "pictures"), ["'pictures' does not exist", "Expected a folder"]),
@@ -134,6 +137,24 @@ CASES = {
     "unknown class in YAML": (("-c", "class.yaml"), ["'Tnet'", "Did you mean 'Tent'?"]),
     "wrong type in YAML": (("-c", "type.yaml"), ["severity", "int", "strong"]),
     "broken YAML": (("-c", "no_yaml.yaml"), ["config", "line 1"]),
+    "MGTTA without a rule": (("--model", "MGTTA"), ["required", "rule"]),
+    "a network as a rule": (
+        (*MGTTA, "MGG", "--model.rule.checkpoint", "model.ckpt"),
+        ["'model.ckpt' holds no learned rule", "kind 'source'", "MGGPretraining"],
+    ),
+    "missing rule": (
+        (*MGTTA, "MGG", "--model.rule.checkpoint", "rule.ckpt"),
+        ["no weight file 'rule.ckpt'"],
+    ),
+    "no clean images": ((*MGTTA, "SGD"), ["clean, unlabelled images", "Set `clean`"]),
+    "mean before standard deviation": (
+        (*MGTTA, "SGD", "--model.statistics", "mean_std.pt"),
+        ["mean_std.pt", "negative", "(std, mean)"],
+    ),
+    "statistics of another width": (
+        (*MGTTA, "SGD", "--model.statistics", "narrow.pt"),
+        ["narrow.pt are those of 3 features", "gives 112"],
+    ),
     "half precision": (("--trainer.precision", "16-true"), ["'16-true'", "bf16-mixed"]),
     "two devices": (("--trainer.devices", "2"), ["one device", "devices: 1"]),
 }

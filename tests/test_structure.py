@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "describe": set(),
     "functional": set(),
     "models": {"errors", "functional"},
-    "rules": {"errors", "functional", "models"},
+    "rules": {"describe", "errors", "functional", "models"},
     "data": {"errors", "describe"},
     "contract": {"errors", "rules", "models"},
     "adapter": {"errors", "contract", "describe", "functional", "rules", "models"},

@@ -303,12 +303,11 @@ class Adapter(LightningModule):
     def describe(self) -> dict[str, Any]:
         """Say what method this is, as plain values for a manifest."""
         self.ready()
-        rule = {"name": type(self.rule).__name__, **constructor_arguments(self.rule)}
         return {
             "name": type(self).__name__,
             "predicts": self.predicts,
             "hyper_parameters": constructor_arguments(self, skip=("network", "rule")),
-            "rule": rule if self._adapted else None,
+            "rule": self.rule.describe() if self._adapted else None,
         }
 
     def forward(self, images: Tensor) -> Tensor:

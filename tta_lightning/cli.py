@@ -77,7 +77,7 @@ class TTACLI(LightningCLI):
     def after_fit(self) -> None:
         """Say where the checkpoint is, which `tta adapt` takes as a network."""
         path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if path:
+        if path and self.trainer.is_global_zero:
             Console().print(f"checkpoint: {path}", soft_wrap=True)
 
     def after_adapt(self) -> None:

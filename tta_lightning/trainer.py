@@ -29,6 +29,7 @@ from tta_lightning.runs import reserved, unused_folder
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 _SHORT_PRECISIONS = ("32", "64", "bf16")  # what Lightning takes for some of them
+_NAMED_CHECKPOINTS = ("best", "last", "hpc")  # Lightning looks for them itself
 _DEFAULTS: tuple[type[AdaptCallback], ...] = (
     StreamMetrics,
     CostMonitor,
@@ -123,6 +124,7 @@ class Trainer(pl.Trainer):
     def fit(self, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Train a model on labelled source data; see Lightning's trainer."""
         _suit(kwargs.get("datamodule") or next(iter(args), None), model)
+        self._check_fit(model, kwargs.get("ckpt_path"))
         own = [c for c in self.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is None]
         with self._run_folder(lambda: self.global_step > 0), _quiet():
             if isinstance(getattr(model, "method", None), Adapter):  # it chooses its own modes
@@ -160,6 +162,19 @@ class Trainer(pl.Trainer):
             if self._own_logger:
                 self.loggers = [CSVLogger(folder, name="logs", version="")]
             yield
+
+    def _check_fit(self, model: pl.LightningModule, checkpoint: Any) -> None:
+        if not model.automatic_optimization and (
+            self.gradient_clip_val is not None or self.accumulate_grad_batches != 1
+        ):
+            raise InputError(
+                f"{type(model).__name__} takes its optimizer steps itself: leave gradient_clip_val "
+                "and accumulate_grad_batches of the trainer out (MGGPretraining has `clip`)."
+            )
+        if checkpoint in (None, *_NAMED_CHECKPOINTS) or "://" in str(checkpoint):
+            return
+        if not Path(checkpoint).is_file():
+            raise InputError(f"There is no checkpoint {str(checkpoint)!r} to resume from.")
 
     def _check(self, model: Adapter, data: Any) -> None:
         if not isinstance(model, Adapter):
@@ -209,4 +224,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
+        # lightning 2.6 gathers with a function that torch 2.15 deprecates
+        warnings.filterwarnings("ignore", message=".*all_gather is deprecated.*")
         yield

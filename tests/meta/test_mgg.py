@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.meta.ddp_worker import Trace
 from tests.networks import make_batches, make_network
@@ -24,7 +24,9 @@ from tta_lightning.adapter import Adapter
 from tta_lightning.data import ShiftedImages
 from tta_lightning.errors import InputError
 from tta_lightning.meta import MGGPretraining
+from tta_lightning.meta.window import Window
 from tta_lightning.methods import MGTTA, Tent
+from tta_lightning.models import weights_hash
 from tta_lightning.rules import MGG, SGD
 from tta_lightning.trainer import Trainer
 
@@ -708,7 +710,86 @@ def test_a_checkpoint_holds_the_rule_and_what_moved_but_not_the_network(checkpoi
     others = {n for n in tensors - network if not n.startswith("method.rule.")}
     assert {n.rpartition(".")[2] for n in others} == {"std", "mean"}
     assert len(others) == 2
-    assert checkpoint.stat().st_size < 100_000
+    assert content["state_dict"]["method._extra_state"]["rule_state"] == {}
+
+
+class Interruption(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 2:
+            raise OSError("interrupted")
+
+
+def test_a_training_after_an_interrupted_one_starts_from_the_source_network(tmp_path):
+    module, expected = mgtta(), weights_hash(make_network("gn"))
+    with pytest.raises(OSError, match="interrupted"):
+        make_trainer(Interruption()).fit(module, datamodule=shifted())
+    assert weights_hash(module.network) != expected
+    stop_after(1, module, tmp_path / "rule.ckpt")
+    record = torch.load(tmp_path / "rule.ckpt", weights_only=True)["tta_lightning"]
+    assert record["backbone"]["weights_sha256"] == expected
+
+
+def test_clean_images_get_the_precision_of_the_training():
+    module = mgtta()
+    make_trainer(precision="64-true").fit(module, datamodule=shifted())
+    assert module.method.source.std.dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "16-true"}, "does not support precision '16-true'.*Use 32-true"),
+        ({"gradient_clip_val": 1.0}, "takes its optimizer steps itself: leave gradient_clip_val"),
+        ({"accumulate_grad_batches": 2}, "leave gradient_clip_val and accumulate_grad_batches"),
+    ],
+)
+def test_options_of_the_trainer_that_do_not_fit(options, message):
+    with pytest.raises(InputError, match=message):
+        make_trainer(**options).fit(mgtta(), datamodule=shifted())
+
+
+def test_a_missing_checkpoint_cannot_be_resumed():
+    with pytest.raises(InputError, match=r"There is no checkpoint 'nope.ckpt' to resume"):
+        make_trainer().fit(mgtta(), datamodule=shifted(), ckpt_path="nope.ckpt")
+
+
+def test_a_trained_network_cannot_be_resumed(tmp_path):
+    torch.save({"state_dict": {}, "tta_lightning": {"kind": "source"}}, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="it is not one of MGGPretraining"):
+        mgtta().on_load_checkpoint(torch.load(tmp_path / "a.ckpt"))
+
+
+def test_batches_of_another_form():
+    images = torch.rand(8, 3, 32, 32)
+    loader = DataLoader(TensorDataset(images, torch.zeros(8).long()), batch_size=4)
+    module = make_module()
+    with pytest.raises(
+        InputError, match=r"needs batches \(images, labels, number of the segment\)"
+    ):
+        make_trainer().fit(module, loader, loader)
+
+
+def test_it_cannot_test():
+    with pytest.raises(InputError, match="cannot test: use `tta validate`"):
+        make_trainer().test(mgtta(), DataLoader(TensorDataset(torch.rand(2, 3, 32, 32))))
+
+
+def test_a_window_counts_a_loss_only_where_an_update_decides_it():
+    weight = torch.ones((), requires_grad=True)
+    window = Window({"m": weight * 2})
+    window.score({"a": torch.ones(2)})
+    assert window.scored == 0
+    window.add("a", weight * torch.tensor([1.0, 2.0]))
+    window.add("a", weight * torch.tensor([3.0, 0.0]))
+    window.score({"b": torch.ones(2)})
+    assert window.scored == 0
+    window.score({"a": torch.tensor([10.0, 1.0]), "b": torch.ones(2)})
+    assert (window.scored, window.surrogate.item()) == (1, 42.0)
+    after = window.cut()
+    assert not after.state["m"].requires_grad
+    assert (after.scored, after.travelled) == (0, {})
+    assert set(after.pending) == {"a", "b"}
 
 
 def test_the_same_module_can_go_on(tmp_path):

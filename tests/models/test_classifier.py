@@ -107,3 +107,10 @@ def test_hash_leaves_out_what_is_no_tensor():
     noted = Noted(2, 2)
     noted.load_state_dict(plain.state_dict(), strict=False)
     assert weights_hash(noted) == weights_hash(plain)
+
+
+def test_a_compiled_network_is_the_network():
+    network = flat_classifier(mean=(0.5, 0.25, 0.0))
+    compiled = torch.compile(network)
+    assert describe(compiled) is network.info
+    assert weights_hash(compiled) == weights_hash(network)

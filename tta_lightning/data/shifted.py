@@ -56,12 +56,14 @@ class ShiftedImages(LightningDataModule):
             of a segment and fills no batch is left out.
         order: ``mixed`` shuffles all corruptions into one stream an epoch, as the paper does;
             ``separate`` makes one segment a corruption, as streams after deployment often are.
-        val_images: How many corrupted images to validate on, the same number for each corruption.
+        val_images: How many corrupted images to validate on, the same number for each corruption
+            and at least one.
         val_batch_size: Images a batch of the validation streams.
         table: Severity table: ``imagenet`` or ``cifar``.
         image_size: As in :class:`~tta_lightning.data.Stream`.
         crop_pct: As in :class:`~tta_lightning.data.Stream`.
-        keep_in_memory: Corrupt every image once; else in every epoch anew, with the same result.
+        keep_in_memory: Corrupt every image once (once in each worker); else in every epoch anew,
+            with the same result.
         num_workers: Processes that load and corrupt.
         clean: Images for the statistics of clean features; None for all of ``source``.
         seed: Decides the subsets, every epoch's order, and the noise of the corruptions.
@@ -193,6 +195,9 @@ class _Batches(Dataset[ShiftedBatch]):
     def __init__(self, samples: PlanDataset, keep: bool) -> None:
         self.samples, self.keep = samples, keep
         self.kept: dict[int, Sample] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __getitem__(self, request: _Request) -> ShiftedBatch:
         batch = collate([self._sample(position) for position in request.positions])

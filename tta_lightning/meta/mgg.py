@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from tta_lightning.adapter import Adapter
-from tta_lightning.contract import Outputs, map_tensors
+from tta_lightning.contract import Outputs
 from tta_lightning.errors import InputError, unknown_name
 from tta_lightning.functional import all_finite
+from tta_lightning.meta.window import Window
 from tta_lightning.models.classifier import describe, weights_hash
+from tta_lightning.models.norms import batch_norm_layers
 from tta_lightning.models.weights import CHECKPOINT_KEY
-from tta_lightning.rules import MGG, RuleState
+from tta_lightning.rules import MGG
 from tta_lightning.rules.checkpoints import learned_rule_record
 
 Batch: TypeAlias = tuple[Tensor, Tensor, int]  # images, labels, number of the segment
@@ -54,8 +56,11 @@ class MGGPretraining(LightningModule):
     update as ``val/loss``; ``val/accuracy`` where there are labels; and ``val/selection``, which is
     to be minimised and by which checkpoints are chosen.
 
-    A training ends with the source network, so that its method can adapt with the rule at once;
-    checkpoints that ``ModelCheckpoint`` writes on the way resume exactly.
+    A training ends with the source network, so that its method can adapt with the rule at once.
+    Checkpoints that ``ModelCheckpoint`` writes at the end of an epoch resume exactly; one from the
+    middle of an epoch goes on with a new memory. A batch is (images ``[B, 3, H, W]``, labels
+    ``[B]``, number of the segment). Statistics over a batch are those of all processes together,
+    but for batch normalisation, which takes those of each process.
 
     Departs from the published code in: checkpoints are chosen by the loss, not by accuracy, which
     needs labels (``select_by="accuracy"`` does what the paper did); an incomplete last batch is
@@ -95,8 +100,9 @@ class MGGPretraining(LightningModule):
                 f"MGGPretraining trains the rule of a method, but {type(method).__name__} has the "
                 f"rule {type(method.rule).__name__}, which has nothing to learn. Give it MGG()."
             )
+        inner_lr = method.rule.lr if inner_lr is None else inner_lr
         for name, value in (("lr", lr), ("inner_lr", inner_lr), ("clip", clip)):
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"{name} = {value} is out of range: expected a number above 0.")
         if unroll < 1 or unroll != int(unroll):
             raise InputError(
@@ -115,14 +121,14 @@ class MGGPretraining(LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # the network's frozen weights are not in the checkpoint
         self.method = method
-        self.lr, self.inner_lr = lr, method.rule.lr if inner_lr is None else inner_lr
+        self.lr, self.inner_lr = lr, inner_lr
         self.unroll, self.reset_network, self.clip = unroll, reset_network, clip
         self.schedule, self.select_by = schedule, select_by
         self._backbone: dict[str, str] = {}
         self._resumed = False
         self._segment: int | None = None
         self._aside: dict[str, Tensor] = {}  # the network of the training, during validation
-        self._way = _Way({})
+        self._window = Window({})
 
     @property
     def network(self) -> nn.Module:
@@ -138,14 +144,29 @@ class MGGPretraining(LightningModule):
     # Training ------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Remember the source network; only the rule is left to the strategy to train."""
-        self.method.ready()
+        """Start from the source network; only the rule is left to the strategy to train."""
+        self._check()
+        self.method.reset()  # a training that was interrupted may have left it elsewhere
         self._backbone = {
             "name": describe(self.network).name,
             "weights_sha256": weights_hash(self.network),
         }
         self.method.requires_grad_(False)
         self.rule.requires_grad_(True)
+
+    def _check(self) -> None:
+        """Refuse or warn of what this training cannot do."""
+        if str(self.trainer.precision).startswith("16"):
+            raise InputError(
+                f"MGGPretraining does not support precision {self.trainer.precision!r}: its "
+                "gradients are not scaled. Use 32-true or bf16-mixed."
+            )
+        if self.trainer.world_size > 1 and batch_norm_layers(self.network):
+            warnings.warn(
+                "Batch normalisation takes the statistics of each process's share of a batch, so "
+                "the rule is not the one that a single process with the whole batch would learn.",
+                stacklevel=2,
+            )
 
     def on_fit_start(self) -> None:
         """Let the adapted parameters move, and show the method clean images if it wants them."""
@@ -169,7 +190,7 @@ class MGGPretraining(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Move the network by the rule, and train the rule by what the next loss says of that."""
-        images, _, segment = batch
+        images, _, segment = _parts(batch)
         if segment != self._segment:
             self._learn()  # from what is left of the segment before
             self._begin(segment)
@@ -177,15 +198,15 @@ class MGGPretraining(LightningModule):
         loss, grads = self._gradients(images)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         if all_finite(loss, *grads.values()):
-            self._score(grads)
+            self._window.score(grads)
         else:
-            self._way.pending = None
+            self._window.pending = None
             warnings.warn(
                 "A batch gave a loss or a gradient that is not finite; nothing was learnt from it.",
                 stacklevel=2,
             )
         is_last = batch_idx + 1 == self.trainer.num_training_batches
-        if self._way.scored == self.unroll or is_last:
+        if self._window.scored == self.unroll or is_last:
             self._learn()
 
     def on_train_epoch_end(self) -> None:
@@ -203,17 +224,17 @@ class MGGPretraining(LightningModule):
         if self.reset_network:
             self.method.reset()
         self._segment = segment
-        self._way = _Way(self.rule.init(self.method.adapted_parameters))
+        self._window = Window(self.rule.init(self.method.adapted_parameters))
 
     def _move(self) -> None:
         """Apply what the rule, as it is now, makes of the last gradient."""
-        way, parameters = self._way, self.method.adapted_parameters
-        if way.pending is None:
+        window, parameters = self._window, self.method.adapted_parameters
+        if window.pending is None:
             return
-        directions, way.state = self.rule.generate(way.pending, way.state, parameters)
+        directions, window.state = self.rule.generate(window.pending, window.state, parameters)
         for name, direction in directions.items():
             change = -self.inner_lr * direction
-            way.travelled[name] = way.travelled[name] + change if name in way.travelled else change
+            window.add(name, change)
             with torch.no_grad():
                 parameters[name].add_(change)
 
@@ -246,30 +267,17 @@ class MGGPretraining(LightningModule):
         }
         return dataclasses.replace(out, **joined)
 
-    def _score(self, grads: dict[str, Tensor]) -> None:
-        """Add the loss of this batch, as far as the window's updates decide it, to what is learnt.
-
-        To first order that is the product of its gradient with all they have moved since.
-        """
-        way = self._way
-        for name, change in way.travelled.items():
-            if name in grads:
-                way.surrogate = way.surrogate + (grads[name] * change).sum()
-        way.scored += bool(way.travelled)
-        way.pending = grads
-
     def _learn(self) -> None:
         """Take a step on the rule's weights and cut the graph."""
-        way = self._way
-        if way.scored:
+        if self._window.scored:
             optimizer = self.optimizers()
             assert isinstance(optimizer, LightningOptimizer)
             optimizer.zero_grad()
-            self.manual_backward(way.surrogate)
+            self.manual_backward(self._window.surrogate)
             if self.clip is not None:
                 nn.utils.clip_grad_norm_(self.rule.parameters(), self.clip)
             optimizer.step()
-        self._way = _Way(map_tensors(Tensor.detach, way.state), way.pending)
+        self._window = self._window.cut()
 
     def _wake(self) -> None:
         """Let parameters move that the strategy must not know of, and prepare the method."""
@@ -306,7 +314,7 @@ class MGGPretraining(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adapt the source network to the next held-out batch."""
-        images, labels, segment = batch
+        images, labels, segment = _parts(batch)
         if segment != self._segment_validated:
             with torch.inference_mode(False), torch.no_grad():
                 self.method.reset()
@@ -319,9 +327,9 @@ class MGGPretraining(LightningModule):
             figures["val/accuracy"] = (logits.argmax(dim=1) == labels).float().mean()
         elif self.select_by == "accuracy":
             raise InputError("select_by = accuracy needs labels, and a held-out image has none.")
-        by_loss = self.select_by == "loss"
-        figures["val/selection"] = loss if by_loss else -figures["val/accuracy"]
+        selection = loss if self.select_by == "loss" else -figures["val/accuracy"]
         self.log_dict(figures, prog_bar=True, batch_size=len(images), sync_dist=True)
+        self.log("val/selection", selection, batch_size=len(images), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Take the network of the training back."""
@@ -351,6 +359,11 @@ class MGGPretraining(LightningModule):
         """
         record = checkpoint.get(CHECKPOINT_KEY, {})
         ours = learned_rule_record(self.rule.options(), self._backbone)
+        if record.get("kind") != ours["kind"]:
+            raise InputError(
+                "This checkpoint cannot be resumed: it is not one of MGGPretraining. To start from "
+                "a trained network, name it as the network of the method."
+            )
         different = [key for key in ours if record.get(key) != ours[key]]
         if different:
             raise InputError(
@@ -360,21 +373,20 @@ class MGGPretraining(LightningModule):
             )
         self._resumed = True
 
+    def test_step(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: a rule is validated, or adapts."""
+        raise InputError(
+            "MGGPretraining cannot test: use `tta validate` for its held-out streams, or `tta "
+            "adapt` with the rule for others."
+        )
 
-@dataclasses.dataclass
-class _Way:
-    """What the rule has done since the graph was last cut.
 
-    Attributes:
-        state: State of the rule.
-        pending: The gradient that the rule works on next; None at the start of a segment.
-        travelled: Sum of the updates since, with their graph, by parameter.
-        surrogate: A scalar whose gradient with respect to the rule is what it learns from.
-        scored: How many losses went into it.
-    """
-
-    state: RuleState
-    pending: dict[str, Tensor] | None = None
-    travelled: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    surrogate: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
-    scored: int = 0
+def _parts(batch: Any) -> Batch:
+    """Take a batch apart."""
+    if not isinstance(batch, list | tuple) or len(batch) != 3:
+        raise InputError(
+            "MGGPretraining needs batches (images, labels, number of the segment), as "
+            "ShiftedImages gives them; this dataloader gives something else."
+        )
+    images, labels, segment = batch
+    return images, labels, int(segment)

@@ -59,8 +59,7 @@ class MGTTA(Adapter):
     Departs from the published code in:
 
     * A batch of one image has no standard deviation, and the published code then gives NaN for
-      good. Here the gap of the means remains, beside the entropy. (On digits under the tuning
-      corruptions that was ahead of the entropy alone with each of three rules.)
+      good. Here the gap of the means remains, beside the entropy.
     * With :class:`~tta_lightning.rules.MGG`, coordinates whose gradient is exactly zero stay; see
       ``mask_zero_gradients`` there.
     * Batch normalisation uses the statistics of the batch, and dropout is off, as in
@@ -148,8 +147,6 @@ class MGTTA(Adapter):
         """Say what method this is, and where its statistics come from."""
         described = super().describe()
         described["hyper_parameters"]["statistics"] = self._origin
-        if isinstance(self.rule, MGG):
-            described["rule"]["weights_sha256"] = weights_hash(self.rule)
         return described
 
     def _features(self, out: Outputs) -> Tensor:

@@ -87,6 +87,7 @@ def describe(module: nn.Module) -> ModelInfo:
     For a `Classifier` that is its ``info``. Of any other module only the class is known: it is
     taken to need no normalisation (mean 0, standard deviation 1), everything else is None.
     """
+    module = getattr(module, "_orig_mod", module)  # what torch.compile was given
     if isinstance(module, Classifier):
         return module.info
     return ModelInfo(name=class_path(module))
@@ -99,6 +100,7 @@ def weights_hash(module: nn.Module) -> str:
     The device does not matter. Entries that are no tensors (a module's extra state) are not
     weights and stay out.
     """
+    module = getattr(module, "_orig_mod", module)  # what torch.compile was given
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         if not isinstance(value, Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -9,7 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from tta_lightning.describe import constructor_arguments
 from tta_lightning.errors import InputError
+from tta_lightning.models.classifier import weights_hash
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 RuleState: TypeAlias = dict[str, Any]  # nested dicts of tensors, nothing else
@@ -23,6 +26,13 @@ class UpdateRule(nn.Module, ABC):
     detached, so the same :meth:`update` runs without a graph when a model adapts and with one when
     the rule is meta-trained.
     """
+
+    def describe(self) -> dict[str, Any]:
+        """Say what rule this is, as plain values for a manifest."""
+        described = {"name": type(self).__name__, **constructor_arguments(self)}
+        if any(True for _ in self.parameters()):
+            described["weights_sha256"] = weights_hash(self)
+        return described
 
     @abstractmethod
     def init(self, params: Tensors) -> RuleState:
@@ -69,9 +79,11 @@ def require(name: str, value: float, low: float, high: float | None = None) -> f
     Raises:
         InputError: Names the hyper-parameter, its value and its range.
     """
-    if not value >= low or (high is not None and not value < high):
-        upper = "inf" if high is None else f"{high:g}"
-        raise InputError(f"{name} = {value} is out of range: expected {low:g} <= {name} < {upper}.")
+    upper = math.inf if high is None else high
+    if not low <= value < upper:
+        raise InputError(
+            f"{name} = {value} is out of range: expected {low:g} <= {name} < {upper:g}."
+        )
     return value
 
 
@@ -81,5 +93,7 @@ def require_betas(betas: tuple[float, float]) -> tuple[float, float]:
     Raises:
         InputError: Names the decay and its range.
     """
+    if len(betas) != 2:
+        raise InputError(f"betas = {betas}: expected two numbers, such as (0.9, 0.99).")
     first, second = betas
     return require("betas[0]", first, 0.0, 1.0), require("betas[1]", second, 0.0, 1.0)

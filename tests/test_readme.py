@@ -115,3 +115,14 @@ def test_every_named_class_exists():
     assert set(re.findall(r"`(\w+)`", rows["scenarios"])) == set(SCENARIOS)
     methods = set(re.findall(r"`(\w+)`", rows["methods"]))
     assert methods == set(tta_lightning.methods.__all__)
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        found = (ROOT / page).parent / target if target else ROOT / page
+        assert found.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", found.read_text(), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}

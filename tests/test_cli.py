@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -350,6 +351,24 @@ def held_out_accuracy(checkpoint):
     with torch.no_grad():
         logits = bare_network(checkpoint)(images.permute(0, 3, 1, 2).float() / 255)
     return (logits.argmax(dim=1).numpy() == source.labels).mean()
+
+
+@pytest.mark.parametrize("config", ["mgg", "mgg_unroll"])
+def test_a_pretraining_resumes_from_its_last_epoch(config, tta, tmp_path, request):
+    path = CONFIGS / "fit" / f"{config}.yaml"
+    command = ["fit", "-c", path, *pretraining_options(request, tmp_path), *CPU]
+    assert tta(tmp_path, *command, "--trainer.max_epochs=4", "--trainer.run_dir=a").code == 0
+    last = torch.load(tmp_path / "a" / "checkpoints" / "last.ckpt", weights_only=True)
+    logged = read_csv(tmp_path / "a" / "logs" / "metrics.csv")
+    losses = [float(row["val/selection"]) for row in logged if row["val/selection"]]
+    best = torch.load(tmp_path / "a" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert (last["epoch"], best["epoch"]) == (3, losses.index(min(losses)))
+    resumed = ("--ckpt_path", "a/checkpoints/last.ckpt", "--trainer.max_epochs=5")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The dirpath has changed")
+        outcome = tta(tmp_path, *command, *resumed, "--trainer.run_dir=b")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert {row["epoch"] for row in read_csv(tmp_path / "b" / "logs" / "metrics.csv")} == {"4"}
 
 
 # Configurations -----------------------------------------------------------------------------------

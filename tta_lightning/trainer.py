@@ -171,7 +171,8 @@ class Trainer(pl.Trainer):
                 f"{type(model).__name__} takes its optimizer steps itself: leave gradient_clip_val "
                 "and accumulate_grad_batches of the trainer out (MGGPretraining has `clip`)."
             )
-        if checkpoint in (None, *_NAMED_CHECKPOINTS) or "://" in str(checkpoint):
+        is_elsewhere = "://" in str(checkpoint) or str(checkpoint).startswith("registry")
+        if checkpoint in (None, *_NAMED_CHECKPOINTS) or is_elsewhere:
             return
         if not Path(checkpoint).is_file():
             raise InputError(f"There is no checkpoint {str(checkpoint)!r} to resume from.")

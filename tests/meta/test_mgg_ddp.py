@@ -22,6 +22,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def call(folder, *command):
+    """Run a command in a folder, with one thread a process; return what it printed."""
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("ddp")
@@ -31,17 +46,7 @@ def folder(tmp_path_factory):
 def ranks(folder):
     """What two processes with batches of 4 each wrote, one dict of runs a process."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *launcher, WORKER, folder],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    call(folder, sys.executable, *launcher, WORKER, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -83,21 +88,13 @@ def test_the_shipped_configuration_starts_two_processes(tmp_path):
     configs = ("-c", ROOT / "configs/fit/mgg.yaml", "-c", ROOT / "configs/trainer/ddp.yaml")
     small = ["--data.images=40", "--data.batch_size=5", "--data.val_images=8", "--data.clean=null"]
     small += ["--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
-    done = subprocess.run(
-        [
-            *(Path(sys.executable).with_name("tta"), "fit", *configs, *small),
-            *("--model.method.network", json.dumps({**spec, "weights": str(network)})),
-            *("--trainer.accelerator", "cpu", "--trainer.run_dir", "run"),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
+    printed = call(
+        tmp_path,
+        *(Path(sys.executable).with_name("tta"), "fit", *configs, *small),
+        *("--model.method.network", json.dumps({**spec, "weights": str(network)})),
+        *("--trainer.accelerator", "cpu", "--trainer.run_dir", "run"),
     )
-    assert done.returncode == 0, done.stderr
-    assert "2 processes" in done.stderr + done.stdout
+    assert "2 processes" in printed
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["trainer"]["devices"] == 2

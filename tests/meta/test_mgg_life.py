@@ -22,6 +22,7 @@ from tests.meta.pretraining import (
     stop_after,
 )
 from tests.networks import make_batches, make_network
+from tests.streams import make_source
 from tta_lightning.adapter import Adapter
 from tta_lightning.data import ShiftedImages
 from tta_lightning.errors import InputError
@@ -187,6 +188,7 @@ def test_clean_images_get_the_precision_of_the_training():
     [
         ({"precision": "16-true"}, "does not support precision '16-true'.*Use 32-true"),
         ({"gradient_clip_val": 1.0}, "takes its optimizer steps itself: leave gradient_clip_val"),
+        ({"overfit_batches": 2}, "Use limit_train_batches of the trainer"),
         ({"accumulate_grad_batches": 2}, "leave gradient_clip_val and accumulate_grad_batches"),
     ],
 )
@@ -277,6 +279,14 @@ def test_a_resumed_training_does_not_look_at_clean_images_again(checkpoint):
     data = shifted()
     data.__class__ = Blind
     stop_after(3, mgtta(), resume=checkpoint, data=data)
+
+
+def test_a_training_after_a_resumed_one_looks_at_its_own_clean_images(checkpoint):
+    module = mgtta()
+    stop_after(3, module, resume=checkpoint)
+    before = module.method.source.mean.clone()
+    stop_after(1, module, data=shifted(clean=make_source(9, seed=5)))
+    assert not torch.equal(module.method.source.mean, before)
 
 
 def test_another_network_cannot_resume(checkpoint):
@@ -371,6 +381,13 @@ def test_a_method_without_a_loss_is_refused():
     module = MGGPretraining(Adapter(make_network("gn"), MGG()))
     with pytest.raises(InputError, match="Adapter has no loss for a batch"):
         fit(module, labelled((2,), dtype=torch.float32))
+
+
+def test_a_method_without_a_loss_is_refused_in_validation_too():
+    module = MGGPretraining(Adapter(make_network("gn"), MGG()))
+    batches = labelled((2,), dtype=torch.float32)
+    with pytest.raises(InputError, match="Adapter has no loss for a batch"):
+        make_trainer(num_sanity_val_steps=1).fit(module, datamodule=Batches(batches, batches))
 
 
 def test_a_method_that_wants_clean_images_needs_a_source_of_them():

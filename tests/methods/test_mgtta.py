@@ -541,6 +541,12 @@ class TestTrainer:
         assert previous == 1
         torch.testing.assert_close(found, torch.cat(rows))
 
+    def test_clean_images_get_the_precision_of_the_run(self):
+        adapter = MGTTA(make("gn"), SGD(0.01))
+        trainer = Trainer(run_dir=False, accelerator="cpu", precision="64-true")
+        trainer.adapt(adapter, datamodule=make_stream(clean=make_source(7, seed=3)))
+        assert adapter.source.std.dtype == torch.float64
+
     def test_a_stream_without_clean_images(self):
         with pytest.raises(InputError, match="Set `clean` of the stream"):
             self.adapt(MGTTA(make("gn"), mgg()), datamodule=make_stream())

@@ -130,6 +130,11 @@ class ShiftedImages(LightningDataModule):
     def train_dataloader(self) -> DataLoader[ShiftedBatch]:
         """Serve the training images in a new order each epoch."""
         trainer = self.trainer
+        if getattr(trainer, "overfit_batches", 0):
+            raise InputError(
+                "ShiftedImages serves batches in an order of its own, which overfit_batches would "
+                "replace. Use limit_train_batches of the trainer."
+            )
         rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         batches = _EpochBatches(
             self.train_plan, self.batch_size, self.seed, self.order == "mixed", rank, world
@@ -195,9 +200,6 @@ class _Batches(Dataset[ShiftedBatch]):
     def __init__(self, samples: PlanDataset, keep: bool) -> None:
         self.samples, self.keep = samples, keep
         self.kept: dict[int, Sample] = {}
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def __getitem__(self, request: _Request) -> ShiftedBatch:
         batch = collate([self._sample(position) for position in request.positions])

@@ -45,7 +45,7 @@ class MGGPretraining(LightningModule):
     the backward call for each parameter tensor of the published code. Gradients, moments, memory
     and ``theta_(t-1)`` count as constants (no second derivatives); the optimizer is Adam with
     constant ``lr``. ``unroll = 1`` is the published recipe: each update answers for the next batch
-    alone, so it learns the sign of the next gradient and nothing bounds its size from above.
+    alone, so it learns the sign of the next gradient, and nothing speaks against a large step.
 
     ``unroll = K > 1`` is an extension: ``theta_t`` is then the sum of the last updates, up to K of
     them, each of which also answers for later batches, and the memory keeps its graph over them;
@@ -146,6 +146,7 @@ class MGGPretraining(LightningModule):
     def setup(self, stage: str) -> None:
         """Start from the source network; only the rule is left to the strategy to train."""
         self._check()
+        self._resumed = False
         self.method.reset()  # a training that was interrupted may have left it elsewhere
         self._backbone = {
             "name": describe(self.network).name,
@@ -243,18 +244,22 @@ class MGGPretraining(LightningModule):
         out = self.method.outputs(images)
         if self.trainer.world_size > 1:
             out = self._gathered(out)
-        loss = self.method.loss(out, images)
+        loss = self._required(self.method.loss(out, images))
         parameters = self.method.adapted_parameters
-        if loss is None:
-            raise InputError(
-                f"{type(self.method).__name__} has no loss for a batch; no rule learns from that."
-            )
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         grads = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
         if self.trainer.world_size > 1:
             reduce = self.trainer.strategy.reduce
             grads = {name: reduce(grad, reduce_op="mean") for name, grad in grads.items()}
         return loss.detach(), grads
+
+    def _required(self, loss: Tensor | None) -> Tensor:
+        """Return the loss of a batch if there is one, else raise."""
+        if loss is None:
+            raise InputError(
+                f"{type(self.method).__name__} has no loss for a batch; no rule learns from that."
+            )
+        return loss
 
     def _gathered(self, out: Outputs) -> Outputs:
         """Join the outputs of all processes, so that statistics are those of the whole batch."""
@@ -320,8 +325,7 @@ class MGGPretraining(LightningModule):
                 self.method.reset()
             self._segment_validated = segment
         logits = self.method.adapt_step(images)
-        loss = self.method.report.loss
-        assert loss is not None
+        loss = self._required(self.method.report.loss)
         figures = {"val/loss": loss}
         if (labels >= 0).all():
             figures["val/accuracy"] = (logits.argmax(dim=1) == labels).float().mean()

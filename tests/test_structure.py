@@ -24,7 +24,11 @@ MAY_IMPORT = {
     "rules": {"describe", "errors", "functional", "models"},
     "data": {"errors", "describe"},
     "contract": {"errors", "rules", "models"},
-    "adapter": {"errors", "contract", "describe", "functional", "rules", "models"},
+    "adapt_only": {"errors"},
+    "adapter": {
+        *("errors", "contract", "describe", "functional", "rules", "models"),
+        "adapt_only",
+    },
     "methods": {"errors", "contract", "describe", "functional", "rules", "models", "adapter"},
     "meta": {"errors", "contract", "describe", "functional", "rules", "models", "adapter"},
     "runs": {"errors"},

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from tta_lightning.adapt_only import AdaptOnly
 from tta_lightning.contract import (
     Outputs,
     StepReport,
@@ -19,6 +18,7 @@ from tta_lightning.contract import (
     checked_logits,
     keep_counter,
     map_tensors,
+    not_finite,
     unobserved,
 )
 from tta_lightning.describe import constructor_arguments
@@ -35,7 +35,7 @@ from tta_lightning.models.norms import (
 from tta_lightning.rules import SGD, RuleState, UpdateRule
 
 
-class Adapter(LightningModule):
+class Adapter(AdaptOnly):
     """A network that learns from the unlabelled images it predicts.
 
     A method is a subclass that overrides one of these beats, in the order in which they run:
@@ -45,9 +45,10 @@ class Adapter(LightningModule):
     * :meth:`loss`: the objective of one batch, or None to learn nothing from it.
     * :meth:`adapt_step`: the whole step, for methods that are more than a loss.
 
-    Everything that adaptation changes is named by :meth:`moving_tensors` or is ``rule_state``;
-    :meth:`reset` restores the former bit for bit and makes the latter anew. Both are part of the
-    ``state_dict``. The adapter works on the network object it was given, in place.
+    Everything that adaptation changes is named by :meth:`moving_tensors`, or is ``rule_state`` or
+    ``memory``, where a method keeps tensors by name that exist only once a batch was seen.
+    :meth:`reset` restores the first bit for bit, makes the second anew and empties the third. All
+    are part of the ``state_dict``. The adapter works on the network it was given, in place.
 
     Args:
         network: Images ``[B, 3, H, W]`` in [0, 1] to logits ``[B, C]``: a module, or what
@@ -68,12 +69,13 @@ class Adapter(LightningModule):
         self.network = load_model(network)
         self.rule = SGD(lr=2.5e-4, momentum=0.9) if rule is None else rule
         self.rule_state: RuleState = {}
+        self.memory: RuleState = {}
         self.terms: list[Term] = []
         self.report = StepReport()
         self.phase: Callable[[str], AbstractContextManager[None]] = unobserved
         self._adapted: dict[str, nn.Parameter] = {}
         self._source: dict[str, Tensor] | None = None
-        self._classes: Tensor | None = None
+        self.classes: Tensor | None = None
         self._head: Head | None = None
         self.register_load_state_dict_pre_hook(_remember_source_first)  # type: ignore[no-untyped-call]
 
@@ -164,13 +166,13 @@ class Adapter(LightningModule):
             Logits restricted to the classes of the stream, and the features of the head.
         """
         logits, features = self._logits_and_features(images)
-        if self._classes is not None:
-            if int(self._classes.max()) >= logits.shape[1]:
+        if self.classes is not None:
+            if int(self.classes.max()) >= logits.shape[1]:
                 raise InputError(
                     f"The network gives {logits.shape[1]} logits, but is said to know "
-                    f"{int(self._classes.max()) + 1} classes or more. Correct its class names."
+                    f"{int(self.classes.max()) + 1} classes or more. Correct its class names."
                 )
-            logits = logits.index_select(1, self._classes.to(logits.device))
+            logits = logits.index_select(1, self.classes.to(logits.device))
         return Outputs(logits, features)
 
     def learn(self, out: Outputs, images: Tensor) -> StepReport:
@@ -186,9 +188,21 @@ class Adapter(LightningModule):
         loss = self.loss(out, images)
         if loss is None:
             return StepReport(reason="the method learns nothing from this batch")
+        return self.descend(self.with_terms(loss, out))
+
+    def with_terms(self, loss: Tensor, out: Outputs) -> Tensor:
+        """Add what is attached to a loss.
+
+        Args:
+            loss: The method's own, a scalar.
+            out: The forward pass that it was computed from.
+
+        Returns:
+            Their sum.
+        """
         for term in self.terms:
             loss = loss + term(out, self.head)
-        return self.descend(loss)
+        return loss
 
     def descend(self, loss: Tensor) -> StepReport:
         """Move the adapted parameters by one step of the rule, if loss and gradients are finite.
@@ -200,6 +214,25 @@ class Adapter(LightningModule):
             What happened. With a NaN or an infinite number nothing moves, the state of the rule
             included, and a warning says so.
         """
+        grads = self.gradients(loss)
+        if grads is None:
+            return not_finite(loss)
+        self.move(grads)
+        return StepReport(updated=True, loss=loss.detach())
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor] | None:
+        """Differentiate a loss by the adapted parameters.
+
+        Args:
+            loss: A scalar with its graph, which is used up.
+
+        Returns:
+            Gradients by name, of the parameters that the loss depends on; None if the loss or one
+            of them is not finite.
+
+        Raises:
+            InputError: The loss depends on none of them.
+        """
         names, parameters = list(self._adapted), list(self._adapted.values())
         if not parameters or not loss.requires_grad:
             raise InputError(
@@ -209,19 +242,14 @@ class Adapter(LightningModule):
             )
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         grads = {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
-        detached = loss.detach()
-        if not all_finite(detached, *grads.values()):
-            warnings.warn(
-                "A batch gave a loss or a gradient that is not finite; it was predicted, but "
-                "nothing was learnt from it.",
-                stacklevel=2,
-            )
-            return StepReport(loss=detached, finite=False, reason="loss or gradient is not finite")
+        return grads if all_finite(loss.detach(), *grads.values()) else None
+
+    def move(self, grads: Mapping[str, Tensor]) -> None:
+        """Take one step of the rule along gradients of adapted parameters, by name."""
         with torch.no_grad():
-            updates, self.rule_state = self.rule.update(grads, self.rule_state, self._adapted)
+            updates, self.rule_state = self.rule.update(dict(grads), self.rule_state, self._adapted)
             for name, update in updates.items():
                 self._adapted[name].add_(update)
-        return StepReport(updated=True, loss=detached)
 
     @property
     def head(self) -> Head:
@@ -249,7 +277,8 @@ class Adapter(LightningModule):
         Raises:
             InputError: Another adapter has moved this network and was not reset.
         """
-        owner = _OWNERS.get(self.network, _nobody)()
+        reference = _OWNERS.get(self.network)
+        owner = None if reference is None else reference()
         if owner is self:
             return
         if owner is not None and owner._has_moved():
@@ -287,6 +316,7 @@ class Adapter(LightningModule):
             for name, tensor in self.moving_tensors().items():
                 tensor.copy_(self._source[name])
             self.rule_state = self.rule.init(self._adapted)
+        self.memory = {}
         self.report = StepReport()
 
     def restrict_classes(self, classes: Sequence[int] | None) -> None:
@@ -296,9 +326,9 @@ class Adapter(LightningModule):
 
         Args:
             classes: Positions among the network's outputs, in the order of the stream's labels;
-                None for all.
+                None for all. The attribute ``classes`` holds them, ``[C]`` int64.
         """
-        self._classes = None if classes is None else torch.tensor(list(classes), dtype=torch.long)
+        self.classes = None if classes is None else torch.tensor(list(classes), dtype=torch.long)
 
     def describe(self) -> dict[str, Any]:
         """Say what method this is, as plain values for a manifest."""
@@ -323,36 +353,15 @@ class Adapter(LightningModule):
         return self if self._source is not None else super().train(mode)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the state of the rule, for the ``state_dict``; empty before the first step."""
-        return {"rule_state": self.rule_state}
+        """Return the state of the rule and the memory, for the ``state_dict``."""
+        return {"rule_state": self.rule_state, "memory": self.memory}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take the state of the rule from a ``state_dict``, onto the network's device."""
+        """Take what :meth:`get_extra_state` returned, onto the network's device."""
+        device = next((p.device for p in self.network.parameters()), None)
+        self.memory = map_tensors(lambda tensor: tensor.to(device), state["memory"])
         if state["rule_state"]:
-            device = next((p.device for p in self._adapted.values()), None)
             self.rule_state = map_tensors(lambda tensor: tensor.to(device), state["rule_state"])
-
-    def on_test_model_eval(self) -> None:
-        """Keep the mode while Lightning's loop starts."""
-
-    def on_test_model_train(self) -> None:
-        """Keep the mode when Lightning's loop ends."""
-
-    def test_step(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: a stream is adapted to, not tested on."""
-        self._refuse("test")
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: a stream is adapted to, not validated on."""
-        self._refuse("validate")
-
-    def training_step(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: an adapter is not trained on labels."""
-        self._refuse("fit")
-
-    def configure_optimizers(self) -> NoReturn:
-        """Refuse: the rule takes the place of an optimizer."""
-        self._refuse("fit")
 
     def _logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         if self._head is None:
@@ -363,27 +372,17 @@ class Adapter(LightningModule):
             return logits, None  # another layer than the one that looked like the head
         return logits, captured.features
 
-    def _refuse(self, verb: str) -> NoReturn:
-        raise InputError(
-            f"{type(self).__name__} is a test-time adaptation method: it cannot {verb}. Use "
-            "`adapt`: Trainer.adapt(...) of tta_lightning, or `tta adapt` on the command line "
-            "(the method Source gives the accuracy without adaptation)."
-        )
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the state of the rule along when the module changes device or precision."""
+        """Move rule state and memory along when the module changes device or precision."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.rule_state = map_tensors(lambda t: keep_counter(fn(t), t), self.rule_state)
+            self.memory = map_tensors(lambda t: keep_counter(fn(t), t), self.memory)
         return self
 
 
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapter]] = weakref.WeakKeyDictionary()
 """The adapter that configured each network last: one network serves one method at a time."""
-
-
-def _nobody() -> None:
-    return None
 
 
 def _head_or_none(network: nn.Module) -> Head | None:

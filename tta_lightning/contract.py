@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -50,6 +51,16 @@ class StepReport:
     loss: Tensor | None = None
     finite: bool = True
     reason: str = ""
+
+
+def not_finite(loss: Tensor) -> StepReport:
+    """Warn of a batch whose loss or gradient is not finite, and report that nothing moved."""
+    warnings.warn(
+        "A batch gave a loss or a gradient that is not finite; it was predicted, but nothing was "
+        "learnt from it.",
+        stacklevel=3,
+    )
+    return StepReport(loss=loss.detach(), finite=False, reason="loss or gradient is not finite")
 
 
 def unobserved(phase: str) -> AbstractContextManager[None]:

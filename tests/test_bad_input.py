@@ -75,6 +75,8 @@ def adapt(*options, method="source"):
 
 
 ROOT = "--data.source.root"
+SHIFT = ("--data.scenario", "label_shift")
+RATIO = "--data.scenario_options.imbalance_ratio"
 MGTTA = ("--model", "MGTTA", "--model.network", "model.ckpt", "--model.rule")
 # what is given: the words that the sentence must hold
 CASES = {
@@ -111,6 +113,20 @@ CASES = {
         ["Unknown corruption 'snwo'", "Did you mean 'snow'?", "zoom_blur"],
     ),
     "unknown scenario": (("--data.scenario", "continuall"), ["Did you mean 'continual'?"]),
+    "imbalance below 1": ((*SHIFT, RATIO, "0.5"), ["imbalance_ratio = 0.5", "expected 1", "inf"]),
+    "imbalance that is no number": ((*SHIFT, RATIO, ".nan"), ["imbalance_ratio = nan"]),
+    "unknown option of the scenario": (
+        (*SHIFT, "--data.scenario_options.imbalance_ratoi", "3"),
+        ["option of label_shift 'imbalance_ratoi'", "Did you mean 'imbalance_ratio'?"],
+    ),
+    "option of another scenario": (
+        ("--data.scenario", "continual", RATIO, "3"),
+        ["continual has no options", "'imbalance_ratio'", "Leave it out"],
+    ),
+    "label shift without labels": (
+        (*SHIFT, "--data.source", "UnlabelledImages", ROOT, "images"),
+        ["label_shift", "6 of 6 have no label", "source with labels"],
+    ),
     "severity 6": (("--data.corruptions", "fog", "--data.severity", "6"), ["severity 6", "1 to 5"]),
     "batch size 0": (("--data.batch_size", "0"), ["batch_size = 0", "expected 1 or more"]),
     "limit 0": (("--data.limit", "0"), ["limit = 0", "expected 1 or more"]),

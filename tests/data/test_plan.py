@@ -12,6 +12,7 @@ from tta_lightning.errors import InputError
 
 DOMAINS = [Domain("fog", 5), Domain("snow", 5), Domain("contrast", 3)]
 SUBSET = np.array([3, 5, 8, 13, 21, 34, 55], dtype=np.int64)
+LABELS = np.array([0, 1, 0, 2, 1, 2, 0], dtype=np.int64)
 
 PLAN = {
     "scenario": "x",
@@ -23,7 +24,7 @@ PLAN = {
 
 
 def make(name, seed=0):
-    return SCENARIOS[name](SUBSET, DOMAINS, np.random.default_rng(seed))
+    return SCENARIOS[name](SUBSET, LABELS, DOMAINS, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -54,8 +55,21 @@ class TestEveryScenario:
             assert len(batch) <= 4
 
 
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("reset_each_shift", "53a038328b49558a8920d8ed827a174376a5bab1c9b66f3b5677abd508ec238e"),
+        ("continual", "92c132c7dd2bc0c9a264148cfffb4e4600199866aa16e119ea6d5bfa3a741a67"),
+        ("mixed_domains", "342390533f00658d78b24898fc19ef17d0fe67dc83da72ed0850890a05396d90"),
+    ],
+)
+def test_plans_stay_what_they_were(name, digest):
+    """Of the first version, which scenarios did not yet give labels to."""
+    assert make(name).digest == digest
+
+
 def test_segments_and_resets():
-    for name, reset in (("reset_each_shift", True), ("continual", False)):
+    for name, reset in (("reset_each_shift", True), ("continual", False), ("label_shift", True)):
         plan = make(name)
         assert [s.name for s in plan.segments] == ["fog-5", "snow-5", "contrast-3"]
         assert [(s.start, s.stop) for s in plan.segments] == [(0, 7), (7, 14), (14, 21)]

@@ -1,5 +1,7 @@
 """The stream serves its plan, whoever loads it and in whatever batches."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,35 @@ def test_a_saved_plan_is_replayed(tmp_path):
         Stream(make_source(3), plan=str(tmp_path / "plan.json"))
 
 
+def classes_in_order(stream):
+    return [int(label) for _, (_, label) in sorted(served(stream).items())]
+
+
+def test_options_reach_the_scenario():
+    stream = make_stream(
+        30, scenario="label_shift", limit=20, scenario_options={"imbalance_ratio": float("inf")}
+    )
+    for labels in np.split(np.array(classes_in_order(stream)), 2):  # the two corruptions
+        changes = int((labels[1:] != labels[:-1]).sum())
+        assert changes == len(set(labels.tolist())) - 1
+    described = stream.describe()
+    assert described["scenario_options"] == {"imbalance_ratio": "inf"}
+    json.dumps(described, allow_nan=False)
+
+
+def test_options_in_the_description(tmp_path):
+    assert make_stream().describe()["scenario_options"] == {}
+    shift = make_stream(scenario="label_shift")
+    assert shift.describe()["scenario_options"] == {"imbalance_ratio": 500_000}
+    milder = make_stream(scenario="label_shift", scenario_options={"imbalance_ratio": 2.0})
+    assert milder.describe()["scenario_options"] == {"imbalance_ratio": 2.0}
+    assert milder.plan.digest != shift.plan.digest
+    milder.plan.save(tmp_path / "plan.json")
+    again = make_stream(plan=str(tmp_path / "plan.json")).describe()
+    assert "scenario_options" not in again  # those of the plan are not known
+    assert again["plan_sha256"] == milder.plan.digest
+
+
 class OnDisk(ImageSource):
     """Two corruptions at two severities whose pixels say which they are."""
 
@@ -142,6 +173,15 @@ def test_corruptions_that_are_not_stored(options, message):
         ({"severity": 6}, "severity 6"),
         ({"corruptions": ["fogg"]}, "Did you mean 'fog'"),
         ({"scenario": "continuall"}, "Did you mean 'continual'"),
+        ({"scenario_options": {"ratio": 2}}, "reset_each_shift has no options.*'ratio'"),
+        (
+            {"scenario": "label_shift", "scenario_options": {"imbalance": 2}},
+            "Unknown option of label_shift 'imbalance'. Did you mean 'imbalance_ratio'?",
+        ),
+        (
+            {"scenario": "label_shift", "scenario_options": {"imbalance_ratio": 0.9}},
+            "imbalance_ratio = 0.9: expected 1",
+        ),
         ({"batch_size": 0}, "batch_size = 0"),
         ({"limit": 0}, "limit = 0"),
         ({"corruptions": []}, "empty list"),

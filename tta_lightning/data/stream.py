@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from tta_lightning.data.corruptions import CLEAN, corrupt
 from tta_lightning.data.datasets import BadImageError, ImageSource
 from tta_lightning.data.geometry import Geometry, ImageSize, geometry
 from tta_lightning.data.plan import Domain, Plan, concatenate
-from tta_lightning.data.scenarios import SCENARIOS
+from tta_lightning.data.scenarios import SCENARIOS, complete_options
 from tta_lightning.describe import constructor_arguments
 from tta_lightning.errors import InputError, unknown_name
 
@@ -47,9 +48,12 @@ class StreamBatch(NamedTuple):
 class Stream(LightningDataModule):
     """Images in the order of a plan, as a model meets them after deployment.
 
+    Labels of the source may decide the order (``label_shift``) and otherwise serve the metrics
+    alone; they never reach an adapter.
+
     Args:
         source: Where images come from.
-        scenario: ``reset_each_shift``, ``continual`` or ``mixed_domains``.
+        scenario: ``reset_each_shift``, ``continual``, ``mixed_domains`` or ``label_shift``.
         corruptions: Names in the order of the stream, or ``common`` (the 15 of the tables),
             ``extra`` (the 4 for tuning), ``all``; None streams the images as they are (for a source
             with corruptions on disk: all of them).
@@ -66,11 +70,15 @@ class Stream(LightningDataModule):
             and counts it.
         num_workers: Processes that load and corrupt; the stream does not depend on it.
         clean: Images for methods that look at clean ones before the stream; labels are not used.
-        plan: A file written by ``Plan.save`` that replaces scenario, corruptions, severity, limit,
-            subset and the order.
+        plan: A file written by ``Plan.save`` that replaces scenario, its options, corruptions,
+            severity, limit, subset and the order.
+        scenario_options: Options of the scenario by name; None for its defaults. ``label_shift``
+            has ``imbalance_ratio``: how much likelier samples of the current class are than others,
+            from 1 (shuffled) to infinity (``.inf`` in YAML: one class after the other); 500,000.
 
     Raises:
-        InputError: An argument is not possible, or the source lacks a corruption.
+        InputError: An argument is not possible, the source lacks a corruption, or the scenario
+            needs labels that the source does not have.
     """
 
     def __init__(
@@ -90,6 +98,7 @@ class Stream(LightningDataModule):
         num_workers: int = 0,
         clean: ImageSource | None = None,
         plan: str | None = None,
+        scenario_options: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -101,6 +110,7 @@ class Stream(LightningDataModule):
             raise unknown_name("scenario", scenario, SCENARIOS)
         self.source = source
         self.scenario = scenario
+        self.scenario_options = complete_options(scenario, scenario_options)
         self.corruptions = corruptions
         self.severity = severity
         self.batch_size = batch_size
@@ -162,9 +172,11 @@ class Stream(LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """Say what stream this is, as plain values for a manifest."""
         replaced = ("corruptions", "severity", "limit", "subset") if self._replayed else ()
-        skip = ("source", "clean", "plan", "num_workers", *replaced)
+        skip = ("source", "clean", "plan", "num_workers", "scenario_options", *replaced)
+        options = {} if self._replayed else {"scenario_options": _for_json(self.scenario_options)}
         return {
             **constructor_arguments(self, skip=skip),
+            **options,
             "scenario": self.plan.scenario,
             "source": self.source.describe(),
             "clean": None if self.clean is None else self.clean.describe(),
@@ -181,7 +193,9 @@ class Stream(LightningDataModule):
         if self.limit is not None and self.limit < len(order):
             order = rng.permutation(order) if self.subset == "sample" else order
             order = np.sort(order[: self.limit])
-        return SCENARIOS[self.scenario](order, self._domains(), rng)
+        make = SCENARIOS[self.scenario]
+        labels = np.asarray(self.source.labels)[order]
+        return make(order, labels, self._domains(), rng, **self.scenario_options)
 
     def _domains(self) -> list[Domain]:
         names = self.corruptions
@@ -211,6 +225,11 @@ class Stream(LightningDataModule):
                 f"The plan asks for image {int(self.plan.samples.max())}, but the source holds "
                 f"{len(self.source)}. Use the plan with the source it was made for."
             )
+
+
+def _for_json(options: dict[str, float]) -> dict[str, float | str]:
+    """Write infinity out as text, which JSON has no number for."""
+    return {name: v if math.isfinite(v) else str(v) for name, v in options.items()}
 
 
 def check_severity(severity: int) -> None:

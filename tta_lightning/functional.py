@@ -22,9 +22,58 @@ def entropy(logits: Tensor) -> Tensor:
     Returns:
         Entropy in nats, ``[B]``, between 0 and ``ln C``.
     """
-    if logits.dtype in HALF:
-        logits = logits.float()
+    logits = wide(logits)
     return -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
+
+
+def entropy_logit_gradient(logits: Tensor) -> Tensor:
+    """Differentiate the entropy of a prediction by its logits.
+
+    Args:
+        logits: ``z [B, C]``.
+
+    Returns:
+        ``a [B, C]``, ``a_k = -p_k (log p_k + H)``, in nats. Sums to zero over classes, is not
+        positive at the arg-max, and is zero for uniform and for one-hot predictions.
+    """
+    gradient, log_scale = scaled_logit_gradient(logits)
+    return gradient * log_scale.exp()
+
+
+def scaled_logit_gradient(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Differentiate the entropy by the logits, in numbers that confident samples do not lose.
+
+    Args:
+        logits: ``z [B, C]``, two classes or more.
+
+    Returns:
+        ``a exp(-s) [B, C]`` and ``s [B, 1]``, the largest ``log p_k`` of the classes behind the
+        arg-max, without graph. The entry of the arg-max is minus the sum of the others, which
+        holds even where its own formula is rounded to nothing.
+    """
+    log_p, surprised = surprise(logits)
+    best = logits.detach().argmax(dim=1, keepdim=True)
+    others = log_p.scatter(1, best, -torch.inf)
+    log_scale = others.detach().amax(dim=1, keepdim=True)
+    gradient = -(others - log_scale).exp() * surprised
+    return gradient.scatter(1, best, -gradient.sum(dim=1, keepdim=True)), log_scale
+
+
+def surprise(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``log p`` and ``log p + H``, both ``[B, C]`` in nats and in float32 at least."""
+    log_p = wide(logits).log_softmax(dim=1)
+    return log_p, log_p - (log_p.exp() * log_p).sum(dim=1, keepdim=True)
+
+
+def has_direction(logits: Tensor) -> Tensor:
+    """Say of each row ``[C]`` whether it differs from a constant by more than rounding, ``[B]``."""
+    low, high = logits.aminmax(dim=1)
+    return high - low > 16 * torch.finfo(logits.dtype).eps * torch.maximum(high, -low)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Bring half precision to float32 and leave wider tensors as they are."""
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def keep_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

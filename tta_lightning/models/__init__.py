@@ -5,8 +5,10 @@ from tta_lightning.models.convnet import SmallConvNet
 from tta_lightning.models.heads import FeatureCapture, Head, capture_features, find_head
 from tta_lightning.models.loading import checkpoint_record, load_model
 from tta_lightning.models.resnet26_gn import ResNet26GN
+from tta_lightning.models.resnet_cifar import CIFARResNet
 
 __all__ = [
+    "CIFARResNet",
     "Classifier",
     "FeatureCapture",
     "Head",

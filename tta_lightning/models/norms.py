@@ -11,15 +11,15 @@ from torch import Tensor, nn
 BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_NORMS = (
+_MAP_NORMS = (  # of feature maps, channels first
     *_BATCH_NORMS,
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
     nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
 )
+_NORMS = (*_MAP_NORMS, nn.LayerNorm, nn.RMSNorm)
+_STAGES = 4
 
 
 def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
@@ -35,6 +35,36 @@ def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
         Module name to layer, in the order of ``named_modules``.
     """
     return {name: module for name, module in network.named_modules() if _is_affine_norm(module)}
+
+
+def upper_norm_layers(network: nn.Module) -> set[str]:
+    """Find the normalisation layers in the last quarter of a network, which SAR leaves fixed.
+
+    The quarter is read off how the network is built, not off the names of one library:
+
+    * A network of four stages that grow wider (ResNet, ConvNeXt, Swin, DenseNet): all layers after
+      the third stage.
+    * A transformer, that is a list of blocks of one class with linear layers and a norm over
+      tokens: the last quarter of its blocks (9 to 11 of 12), and what comes after them.
+    * Any other, such as CIFAR ResNets of three stages and plain chains of convolutions: none.
+
+    "After" is the order of ``named_modules``.
+
+    Args:
+        network: Any module.
+
+    Returns:
+        Names, as :func:`norm_layers` gives them.
+    """
+    layers = norm_layers(network)
+    for module in network.modules():
+        parts = _four_stages(module) or _transformer_blocks(module)
+        held = [set(norm_layers(part).values()) for part in parts]
+        if 2 * sum(map(len, held)) > len(layers):  # the trunk, not a part of it
+            lower = set.union(*held[: len(parts) - len(parts) // _STAGES])
+            last = max(i for i, layer in enumerate(layers.values()) if layer in lower)
+            return set(list(layers)[last + 1 :])
+    return set()
 
 
 def batch_norm_layers(network: nn.Module) -> dict[str, BatchNorm]:
@@ -90,6 +120,39 @@ def warn_of_a_single_image() -> None:
         "batch size, or a model with group or layer normalisation.",
         stacklevel=3,
     )
+
+
+def _four_stages(module: nn.Module) -> list[nn.Module]:
+    """Return the children that are stages, where there are four that grow wider; else none.
+
+    A stage is made of blocks, so its norms lie two levels down; those of a stem or of a
+    downsampling layer are its own children.
+    """
+    stages = [
+        child for child in module.children() if any("." in name for name in norm_layers(child))
+    ]
+    widths = [max(_width(layer) for layer in norm_layers(stage).values()) for stage in stages]
+    grows = widths == sorted(widths) and widths[:1] < widths[-1:]
+    return stages if len(stages) == _STAGES and grows else []
+
+
+def _transformer_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the elements of a list of transformer blocks; none of any other module."""
+    blocks = list(module.children()) if isinstance(module, nn.Sequential | nn.ModuleList) else []
+    alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
+    return blocks if alike and all(map(_mixes_tokens, blocks)) else []
+
+
+def _mixes_tokens(block: nn.Module) -> bool:
+    """Say whether a block has linear layers and norms over tokens."""
+    over_tokens = any(not isinstance(m, _MAP_NORMS) for m in norm_layers(block).values())
+    return over_tokens and any(isinstance(m, nn.Linear) for m in block.modules())
+
+
+def _width(layer: nn.Module) -> int:
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight.numel()
 
 
 def _is_affine_norm(module: nn.Module) -> bool:

@@ -11,15 +11,24 @@ from tests.networks import make_batches, make_network
 from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs
 from tta_lightning.errors import InputError
-from tta_lightning.methods import MGTTA, BNStats, Source, Tent
+from tta_lightning.methods import EATA, MGTTA, SAR, BNStats, CoTTA, DeYO, Source, Tent
 from tta_lightning.models import weights_hash
 from tta_lightning.rules import MGG, SGD, Adam
+
+WIDE = 5.0  # a margin in nats that networks with random weights are within
 
 
 def make_mgtta(network, rule):
     """MGTTA knows no loss before it has seen clean images."""
     adapter = MGTTA(network, rule)
     adapter.prepare(make_batches(3, seed=9))
+    return adapter
+
+
+def make_eata(network):
+    """EATA knows no penalty before it has seen clean images."""
+    adapter = EATA(network, SGD(lr=0.01, momentum=0.9), e_margin=WIDE, d_margin=2.0)
+    adapter.prepare(make_batches(2, seed=9))
     return adapter
 
 
@@ -35,6 +44,14 @@ METHODS = {
     "bn-running": lambda network: BNStats(network, alpha=0.3, running=True),
     "tent-sgd": lambda network: Tent(network, SGD(lr=0.01, momentum=0.9)),
     "tent-adam": lambda network: Tent(network, Adam(lr=0.01)),
+    "eta-adam": lambda network: EATA(network, Adam(lr=0.01), WIDE, 2.0, fisher_alpha=0),
+    "eata-sgd": make_eata,
+    "sar-sgd": lambda network: SAR(network, SGD(lr=0.01, momentum=0.9), margin_e0=WIDE),
+    "sar-adam-legacy": lambda network: SAR(network, Adam(lr=0.01), margin_e0=WIDE, legacy=True),
+    "deyo-patch": lambda network: DeYO(network, SGD(lr=0.01), WIDE, plpd_threshold=-1),
+    "deyo-pixel": lambda network: DeYO(network, Adam(lr=0.01), WIDE, None, -1, aug_type="pixel"),
+    "cotta-views": lambda network: CoTTA(network, SGD(lr=0.01, momentum=0.9), n_augmentations=2),
+    "cotta-plain": lambda network: CoTTA(network, Adam(lr=0.01), ap=0.0),
     "mgtta-mgg": lambda network: make_mgtta(network, make_mgg()),
     "mgtta-sgd": lambda network: make_mgtta(network, SGD(lr=0.01, momentum=0.9)),
 }
@@ -73,7 +90,7 @@ class TestContract:
         moved = {n for n, t in state_of(adapter).items() if not torch.equal(t, source[n])}
         named = {n.removeprefix("network.") for n in adapter.moving_tensors()}
         assert moved <= named
-        if isinstance(adapter, Tent | MGTTA):
+        if isinstance(adapter, Tent | MGTTA | EATA | SAR | DeYO):
             assert moved == named
 
     def test_state_dict_continues_in_mid_stream(self, make, norm):

@@ -1,0 +1,435 @@
+"""CoTTA against its equations written out by hand, and its augmentation by itself."""
+
+import colorsys
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tests.networks import make_batches, make_network
+from tta_lightning.errors import InputError
+from tta_lightning.methods import cotta
+from tta_lightning.methods.cotta import CoTTA, augment
+from tta_lightning.rules import SGD, Adam
+
+LR, MOMENTUM = 0.05, 0.9
+
+
+def sharp_network(norm):
+    """Logits so far apart that the source model's mean confidence is 0.4 to 0.8."""
+    network = make_network(norm).double()
+    with torch.no_grad():
+        head_of(network).weight.mul_(5 if norm == "ln" else 20)
+    return network
+
+
+def head_of(network):
+    return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def batches_of(count=4):
+    return [images.double() for images in make_batches(count)]
+
+
+def make_cotta(network, **options):
+    return CoTTA(network, SGD(lr=LR, momentum=MOMENTUM), **{"n_augmentations": 3, **options})
+
+
+def dimmer_and_dimmer(monkeypatch):
+    """Replace the augmentation: the n-th view of a step has 1 - n / 10 of the brightness."""
+    counts = {}
+
+    def view(images, generator):
+        step = generator.initial_seed()
+        counts[step] = counts.get(step, 0) + 1
+        return images * (1 - counts[step] / 10)
+
+    monkeypatch.setattr(cotta, "augment", view)
+
+
+def turn_hue(images, turns):
+    """Hue of each pixel turned, by the standard library."""
+    turned = torch.empty_like(images)
+    for y in range(images.shape[2]):
+        for x in range(images.shape[3]):
+            hue, saturation, value = colorsys.rgb_to_hsv(*images[0, :, y, x].tolist())
+            pixel = colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value)
+            turned[0, :, y, x] = torch.tensor(pixel)
+    return turned
+
+
+class CoTTAByHand:
+    """The equations of the paper with three networks and torch's SGD; no entry is restored."""
+
+    def __init__(self, network, mt=0.999, ap=0.92, views=3, term=0.0):
+        self.student = network.train()  # no dropout in there: only batch normalisation minds
+        self.teacher, self.anchor = copy.deepcopy(network), copy.deepcopy(network)
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM)
+        self.mt, self.ap, self.views, self.term = mt, ap, views, term
+        self.averaged = []
+
+    def step(self, images):
+        with torch.no_grad():
+            p = self.anchor(images).softmax(1)
+            confidence = sum(row.max().item() for row in p) / len(p)
+            self.averaged.append(confidence < self.ap)
+            if confidence < self.ap:
+                target = sum(self.teacher(images * (0.9 - n / 10)) for n in range(self.views))
+                target = target / self.views
+            else:
+                target = self.teacher(images)
+        student = self.student(images)
+        log_p = student - student.exp().sum(1, keepdim=True).log()
+        y = target.exp() / target.exp().sum(1, keepdim=True)
+        loss = -(y * log_p).sum() / len(images) + self.term * student.square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        for slow, fast in pairs:
+            slow.data = self.mt * slow.data + (1 - self.mt) * fast.data
+        return target
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn", "ln"])
+@pytest.mark.parametrize(
+    ("ap", "averaged"), [(0.92, [True] * 4), (0.0, [False] * 4), ("between", None)]
+)
+@pytest.mark.parametrize("term", [0.0, 0.5])
+def test_equals_the_equations_written_by_hand(norm, ap, averaged, term, monkeypatch):
+    dimmer_and_dimmer(monkeypatch)
+    if ap == "between":  # some batches are averaged, some are not
+        network = sharp_network(norm).train()
+        found = sorted(network(x).softmax(1).amax(1).mean().item() for x in batches_of())
+        ap = (found[1] + found[2]) / 2
+    by_hand = CoTTAByHand(sharp_network(norm), mt=0.9, ap=ap, term=term)
+    adapter = make_cotta(sharp_network(norm), mt=0.9, rst=0.0, ap=ap)
+    if term:
+        adapter.terms.append(lambda out, head: term * out.logits.square().mean())
+    for images in batches_of():
+        expected = by_hand.step(images)
+        torch.testing.assert_close(adapter.adapt_step(images), expected, rtol=0, atol=1e-10)
+        assert adapter.report.updated
+    if averaged is None:
+        assert sum(by_hand.averaged) == 2
+    else:
+        assert by_hand.averaged == averaged
+    pairs = zip(by_hand.student.named_parameters(), by_hand.teacher.parameters(), strict=True)
+    for (name, student), teacher in pairs:
+        torch.testing.assert_close(adapter.network.get_parameter(name), student, rtol=0, atol=1e-10)
+        torch.testing.assert_close(adapter.memory["teacher"][name], teacher, rtol=0, atol=1e-10)
+
+
+def test_every_parameter_moves_and_no_statistics():
+    network = sharp_network("bn")
+    adapter = make_cotta(network)
+    source = copy.deepcopy(network.state_dict())
+    adapter.adapt_step(batches_of(1)[0])
+    changed = {n for n, t in network.state_dict().items() if not torch.equal(t, source[n])}
+    # A bias before batch normalisation has no effect: its gradient is rounding alone.
+    assert changed | {"0.bias", "3.bias"} == set(dict(network.named_parameters()))
+    assert list(adapter.adapted_parameters) == [name for name, _ in network.named_parameters()]
+
+
+def test_a_network_without_normalisation_is_adapted():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)).double()
+    adapter = make_cotta(network)
+    adapter.adapt_step(batches_of(1)[0])
+    assert adapter.report.updated
+
+
+def test_dropout_is_off():
+    network = nn.Sequential(make_network("gn"), nn.Dropout(0.9))
+    network.train()
+    adapter = CoTTA(network, SGD(lr=0.0), ap=0.0)
+    images = make_batches(1)[0]
+    assert torch.equal(adapter.adapt_step(images), adapter.adapt_step(images))
+
+
+class TestRestore:
+    def test_a_share_of_the_entries_returns_and_the_others_stay_as_they_were(self):
+        images = batches_of(1)[0]
+        adapters = [make_cotta(sharp_network("gn"), ap=0.0, rst=rst) for rst in (0.0, 0.3)]
+        for adapter in adapters:
+            adapter.adapt_step(images)
+        free, restored = (
+            torch.cat([p.detach().flatten() for p in a.adapted_parameters.values()])
+            for a in adapters
+        )
+        source = torch.cat([p.detach().flatten() for p in sharp_network("gn").parameters()])
+        moved = free != source
+        back = moved & (restored == source)
+        assert torch.equal(restored[~back], free[~back])
+        count = moved.sum().item()  # 2,000; the bounds are four standard deviations away
+        assert back.sum().item() == pytest.approx(0.3 * count, abs=4 * math.sqrt(0.21 * count))
+
+    def test_all_of_it(self):
+        adapter = make_cotta(sharp_network("gn"), ap=0.0, rst=1.0, mt=0.5)
+        adapter.adapt_step(batches_of(1)[0])
+        pairs = zip(adapter.network.parameters(), sharp_network("gn").parameters(), strict=True)
+        assert all(torch.equal(ours, source) for ours, source in pairs)
+        teacher = adapter.memory["teacher"]["8.weight"]  # met the student before the restore
+        assert not torch.equal(teacher, sharp_network("gn")[8].weight)
+
+    def test_other_entries_at_each_step(self):
+        adapter = make_cotta(sharp_network("gn"), ap=0.0, rst=0.5)
+        source, masks = sharp_network("gn")[8].weight, []
+        for images in batches_of(2):
+            adapter.adapt_step(images)
+            masks.append(adapter.network[8].weight == source)
+        assert not torch.equal(*masks)
+
+
+class TestRandomness:
+    def test_the_seed_decides(self):
+        images = batches_of(1)[0]
+        logits = [make_cotta(sharp_network("gn"), seed=s).adapt_step(images) for s in (4, 4, 5)]
+        assert torch.equal(logits[0], logits[1])
+        assert not torch.equal(logits[0], logits[2])
+
+    def test_each_step_has_its_own_views(self):
+        adapter = make_cotta(sharp_network("gn"), mt=1.0)  # the teacher stays as it is
+        images = batches_of(1)[0]
+        assert not torch.equal(adapter.adapt_step(images), adapter.adapt_step(images))
+
+    def test_the_global_generator_is_left_alone(self):
+        adapter = make_cotta(sharp_network("gn"))
+        torch.manual_seed(3)
+        state = torch.get_rng_state()
+        adapter.adapt_step(batches_of(1)[0])
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_reset_and_a_loaded_state_replay(self):
+        batches = batches_of()
+        adapter = make_cotta(sharp_network("bn"), mt=0.5, rst=0.2)
+        adapter.adapt_step(batches[0])
+        adapter.adapt_step(batches[1])
+        saved = copy.deepcopy(adapter.state_dict())
+        expected = [adapter.adapt_step(images) for images in batches[2:]]
+        other = make_cotta(sharp_network("bn"), mt=0.5, rst=0.2)
+        other.load_state_dict(saved)
+        assert all(map(torch.equal, expected, [other.adapt_step(x) for x in batches[2:]]))
+        for each in (adapter, other):
+            each.reset()
+            assert each.memory == {}
+        replayed = [[each.adapt_step(x) for x in batches[:3]] for each in (adapter, other)]
+        assert torch.equal(replayed[0][2], expected[0])
+        assert all(map(torch.equal, *replayed))
+
+
+def test_forward_predicts_what_the_next_step_returns():
+    adapter = make_cotta(sharp_network("bn"), mt=0.5)
+    for images in batches_of(3):
+        expected = adapter(images)
+        assert torch.equal(adapter.adapt_step(images), expected)
+
+
+def test_classes_are_restricted_in_teacher_source_and_student(monkeypatch):
+    images, classes = batches_of(1)[0], [7, 2, 5]
+    full = sharp_network("gn")(images)[:, classes]
+    confidence = full.softmax(1).amax(1).mean().item()
+    seen = []
+    monkeypatch.setattr(cotta, "augment", lambda images, generator: seen.append(1) or images)
+    for ap, views in ((confidence - 0.01, 0), (confidence + 0.01, 3)):
+        seen.clear()
+        adapter = make_cotta(sharp_network("gn"), ap=ap)
+        adapter.restrict_classes(classes)
+        torch.testing.assert_close(adapter.adapt_step(images), full, rtol=0, atol=1e-12)
+        assert len(seen) == views
+        p = full.softmax(1)
+        assert adapter.report.loss.item() == pytest.approx(-(p * p.log()).sum(1).mean().item())
+
+
+def test_a_batch_that_is_not_finite_changes_nothing():
+    adapter = CoTTA(make_network("bn"), Adam(lr=0.01), n_augmentations=2)
+    batches = make_batches(3)
+    adapter.adapt_step(batches[0])
+    kept = copy.deepcopy(adapter.state_dict())
+    batches[1][3] = torch.nan
+    with pytest.warns(UserWarning, match="not finite"):
+        adapter.adapt_step(batches[1])
+    assert not adapter.report.finite
+    leaves = torch.utils._pytree.tree_leaves
+    assert all(map(torch.equal, leaves(kept), leaves(adapter.state_dict())))
+    other = CoTTA(make_network("bn"), Adam(lr=0.01), n_augmentations=2)
+    other.adapt_step(batches[0])
+    assert torch.equal(adapter.adapt_step(batches[2]), other.adapt_step(batches[2]))
+
+
+def test_the_network_gets_its_weights_back_when_a_view_fails(monkeypatch):
+    adapter = make_cotta(sharp_network("gn"))
+    adapter.adapt_step(batches_of(1)[0])
+    kept = copy.deepcopy(adapter.network.state_dict())
+    pointers = [p.data_ptr() for p in adapter.network.parameters()]
+
+    def broken(images, generator):
+        raise RuntimeError("of the user's")
+
+    monkeypatch.setattr(cotta, "augment", broken)
+    with pytest.raises(RuntimeError, match="of the user's"):
+        adapter.adapt_step(batches_of(1)[0])
+    assert all(torch.equal(t, kept[n]) for n, t in adapter.network.state_dict().items())
+    assert [p.data_ptr() for p in adapter.network.parameters()] == pointers
+
+
+def test_three_sets_of_weights_are_held():
+    adapter = make_cotta(sharp_network("gn"))
+    adapter.adapt_step(batches_of(1)[0])
+    size = sum(p.numel() for p in adapter.network.parameters())
+    source = sum(t.numel() for t in adapter._source.values())
+    teacher = sum(t.numel() for t in adapter.memory["teacher"].values())
+    assert (source, teacher) == (size, size)
+    assert set(adapter.memory) == {"teacher", "step"}
+
+
+class TestAugment:
+    def test_range_shape_and_kind(self):
+        for shape, dtype in (((4, 3, 32, 32), torch.float32), ((2, 3, 9, 14), torch.float64)):
+            generator = torch.Generator().manual_seed(0)
+            images = torch.rand(shape, generator=generator, dtype=dtype) * 1.4 - 0.2
+            kept = images.clone()
+            for _ in range(10):
+                view = augment(images, generator)
+                assert view.shape == images.shape
+                assert view.dtype == dtype
+                assert view.min() >= 0
+                assert view.max() <= 1
+            assert torch.equal(images, kept)
+
+    def test_the_generator_decides(self):
+        images = make_batches(1, 2)[0]
+        views = [augment(images, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+        assert torch.equal(views[0], views[1])
+        assert not torch.equal(views[0], views[2])
+
+    def test_flips_half_of_the_views_and_all_of_a_batch(self):
+        images = torch.zeros(3, 3, 32, 32)
+        images[..., 16:] = 1.0  # bright on the right
+        generator, flipped = torch.Generator().manual_seed(0), 0
+        for _ in range(100):
+            view = augment(images, generator)
+            right = (view[..., 20:] - view[..., :12]).mean(dim=(1, 2, 3)) > 0
+            assert right.all() or not right.any()
+            flipped += int(not right[0])
+        assert 30 <= flipped <= 70  # four standard deviations
+
+    def test_a_grey_image_shows_the_factors(self):
+        # Of a uniform grey image geometry and blur leave nothing: brightness b, then gamma g, or
+        # the other way round, give (0.3 b)^g or b 0.3^g; contrast mixes with the mean: no change.
+        images = torch.full((1, 3, 32, 32), 0.3)
+        generator = torch.Generator().manual_seed(0)
+        views = torch.stack([augment(images, generator) for _ in range(400)])
+        means = views.mean(dim=(1, 2, 3, 4))
+        assert means.min() >= (0.3 * 0.6) ** 1.3 - 0.002
+        assert means.max() <= 1.4 * 0.3**0.7 + 0.002
+        assert means.min() < 0.15
+        assert means.max() > 0.50
+        assert views.flatten(1).std(dim=1).mean().item() == pytest.approx(0.005, rel=0.02)
+
+    @pytest.mark.parametrize("end", [0, 1])
+    @pytest.mark.parametrize("way", range(5))
+    def test_each_change_of_colour(self, way, end):
+        generator = torch.Generator().manual_seed(5)
+        images = torch.rand(1, 3, 4, 5, generator=generator, dtype=torch.float64)
+        grey = (torch.tensor([0.2989, 0.587, 0.114])[:, None, None] * images).sum(1, keepdim=True)
+        low, high = [(0.6, 1.4), (0.7, 1.3), (0.5, 1.5), (-0.06, 0.06), (0.7, 1.3)][way]
+        by = high if end else low
+        expected = [
+            by * images,
+            by * images + (1 - by) * grey.mean(),
+            by * images + (1 - by) * grey,
+            turn_hue(images, by),
+            images**by,
+        ][way].clamp(0, 1)
+        strength = [0.5] * 5  # in the middle nothing changes
+        strength[way] = end
+        changed = cotta._jitter(images, [0.1, 0.2, 0.3, 0.4, 0.5], strength)
+        torch.testing.assert_close(changed, expected, rtol=0, atol=1e-6)
+
+    def test_the_changes_of_colour_are_shuffled(self):
+        images = torch.full((1, 3, 2, 2), 0.3)
+        strength = [1.0, 0.5, 0.5, 0.5, 1.0]  # brightness 1.4, gamma 1.3
+        first = cotta._jitter(images, [0.1, 0.2, 0.3, 0.4, 0.5], strength)
+        last = cotta._jitter(images, [0.9, 0.2, 0.3, 0.4, 0.5], strength)
+        torch.testing.assert_close(first, torch.full_like(images, (1.4 * 0.3) ** 1.3))
+        torch.testing.assert_close(last, torch.full_like(images, 1.4 * 0.3**1.3))
+
+    def test_edges_are_repeated_and_never_black(self):
+        images = torch.ones(1, 3, 32, 32)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(50):  # brightness alone darkens white: the same everywhere
+            view = augment(images, generator)
+            assert view.min() > 0.6 - 0.03
+            assert view.amax() - view.amin() < 0.05
+
+    def test_shifts_rotates_and_scales_within_bounds(self):
+        images = torch.zeros(1, 3, 64, 64)  # two blots, 28 px apart, in the middle
+        images[..., 30:34, 16:20] = 1.0
+        images[..., 30:34, 44:48] = 1.0
+        generator, grid = torch.Generator().manual_seed(0), torch.arange(64.0) - 31.5
+        shifts, angles, scales = [], [], []
+        for _ in range(200):
+            weight = (augment(images, generator)[0].mean(0) - 0.05).clamp(min=0)
+            left, right = weight.clone(), weight.clone()
+            left[:, 32:], right[:, :32] = 0, 0
+            ends = [
+                torch.stack([(w.sum(d) * grid).sum() / w.sum() for d in (0, 1)])
+                for w in (left, right)
+            ]
+            x, y = (ends[1] - ends[0]).tolist()
+            shifts.append((ends[0] + ends[1]).abs() / 2)
+            angles.append(math.degrees(math.atan2(y, x)))
+            scales.append(math.hypot(x, y) / 28)
+        reach = torch.stack(shifts).amax(dim=0)
+        assert (reach > 6.5).all()  # 1/16 of the padded side of 128 px is 8 px
+        assert (reach < 8.5).all()
+        assert -15.6 < min(angles) < -13
+        assert 13 < max(angles) < 15.6
+        assert 0.88 < min(scales) < 0.92
+        assert 1.08 < max(scales) < 1.12
+
+    def test_blurs_within_bounds(self, monkeypatch):
+        drawn = []
+
+        def blur(images, kernel, deviation):
+            drawn.append(deviation)
+            assert kernel == [5, 5]
+            return images
+
+        monkeypatch.setattr(cotta.F, "gaussian_blur", blur)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(100):
+            augment(torch.zeros(1, 3, 8, 8), generator)
+        assert all(down == right for down, right in drawn)
+        assert 0.001 <= min(drawn)[0] < 0.02
+        assert 0.48 < max(drawn)[0] <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mt": 1.1}, "mt = 1.1"),
+        ({"rst": -0.1}, "rst = -0.1"),
+        ({"ap": math.nan}, "ap = nan"),
+        ({"n_augmentations": 0}, "n_augmentations = 0"),
+        ({"seed": -1}, "seed = -1"),
+    ],
+)
+def test_wrong_hyper_parameters(options, message):
+    with pytest.raises(InputError, match=message):
+        CoTTA(make_network("gn"), **options)
+
+
+def test_describes_itself():
+    described = CoTTA(make_network("gn")).describe()
+    assert described["predicts"] == "before update"
+    assert described["hyper_parameters"] == {
+        "mt": 0.999,
+        "rst": 0.01,
+        "ap": 0.92,
+        "n_augmentations": 32,
+        "seed": 0,
+    }

@@ -96,6 +96,7 @@ def test_make_targets():
 
 
 def test_every_named_class_exists():
+    import tta_lightning.callbacks
     import tta_lightning.data
     import tta_lightning.meta
     import tta_lightning.methods
@@ -103,6 +104,7 @@ def test_every_named_class_exists():
     from tta_lightning.data.scenarios import SCENARIOS
 
     packages = {
+        "callbacks": tta_lightning.callbacks,
         "methods": tta_lightning.methods,
         "rules": tta_lightning.rules,
         "sources": tta_lightning.data,
@@ -117,7 +119,9 @@ def test_every_named_class_exists():
     assert methods == set(tta_lightning.methods.__all__)
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "benchmarks/README.md", "docs/stag.md", "CONTRIBUTING.md"]
+)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):

@@ -68,7 +68,8 @@ def surprise(logits: Tensor) -> tuple[Tensor, Tensor]:
 def has_direction(logits: Tensor) -> Tensor:
     """Say of each row ``[C]`` whether it differs from a constant by more than rounding, ``[B]``."""
     low, high = logits.aminmax(dim=1)
-    return high - low > 16 * torch.finfo(logits.dtype).eps * torch.maximum(high, -low)
+    rounding = (2 if logits.dtype in HALF else 16) * torch.finfo(logits.dtype).eps
+    return high - low > rounding * torch.maximum(high, -low)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ from tta_lightning.callbacks.metrics import PredictionStatistics, StreamMetrics
 from tta_lightning.callbacks.predictions import PredictionWriter
 from tta_lightning.callbacks.progress import AdaptationProgress
 from tta_lightning.callbacks.recorder import RunRecorder
+from tta_lightning.callbacks.stag import STAG
 
 __all__ = [
+    "STAG",
     "AdaptCallback",
     "AdaptationProgress",
     "CostMonitor",

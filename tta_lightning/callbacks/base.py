@@ -10,6 +10,7 @@ from torch import Tensor
 from tta_lightning.adapter import Adapter
 from tta_lightning.data.plan import Segment
 from tta_lightning.data.stream import StreamBatch
+from tta_lightning.describe import constructor_arguments
 
 
 class AdaptCallback(Callback):
@@ -44,6 +45,10 @@ class AdaptCallback(Callback):
         self, trainer: Trainer, adapter: Adapter, logits: Tensor, batch: StreamBatch, batch_idx: int
     ) -> None:
         """Run after a batch was predicted and learnt from; ``logits`` are ``[B, C]``."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the options of this callback, as plain values for the manifest."""
+        return constructor_arguments(self)
 
     def summary(self) -> dict[str, Any]:
         """Return what this callback adds to ``metrics.json``, as plain values."""

@@ -71,11 +71,11 @@ class RunRecorder(AdaptCallback):
                 "adapted_parameters": sum(p.numel() for p in adapter.adapted_parameters.values()),
             },
             "stream": stream.describe() if hasattr(stream, "describe") else None,
-            "callbacks": sorted(
-                type(callback).__name__
+            "callbacks": {
+                type(callback).__name__: callback.describe()
                 for callback in _callbacks(trainer)
                 if isinstance(callback, AdaptCallback)
-            ),
+            },
             "precision": str(trainer.precision),
             "device": _device_name(adapter.device),
             "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,

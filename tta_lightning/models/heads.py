@@ -12,10 +12,12 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from tta_lightning.errors import InputError
 from tta_lightning.models.classifier import Classifier, describe
+from tta_lightning.models.norms import norm_layers
 
 # Where torchvision and common user code keep the head, in the order that is tried.
 HEAD_ATTRIBUTES = ("fc", "classifier", "heads.head", "head")
@@ -54,6 +56,21 @@ class Head:
     def bias(self) -> Tensor | None:
         """The bias ``[C]``, detached, or None."""
         return None if self.module.bias is None else self.module.bias.detach()
+
+    def restricted(self, classes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias of some classes.
+
+        Args:
+            classes: Positions ``[K]`` int64 among the outputs, in the order wanted; None for all.
+
+        Returns:
+            ``[K, D]`` and ``[K]`` or None, detached.
+        """
+        weight, bias = self.weight, self.bias
+        if classes is None:
+            return weight, bias
+        classes = classes.to(weight.device)
+        return weight[classes], None if bias is None else bias[classes]
 
 
 class FeatureCapture:
@@ -137,11 +154,43 @@ def find_head(network: nn.Module) -> Head:
         raise InputError(
             f"The network {describe(network).name} has no single linear head: found "
             f"{_in_words(found)}. Expected one nn.Linear or 1x1 nn.Conv2d whose output is the "
-            "logits. Use a model that ends in one; for a distilled DeiT that is the same model "
-            "without distillation."
+            f"logits. {_advice(found)}"
         )
     name = next(name for name, candidate in network.named_modules() if candidate is found)
     return Head(name, found)
+
+
+def check_head(
+    name: str, features: Tensor | None, weight: Tensor, bias: Tensor | None, logits: Tensor
+) -> None:
+    """See that a head is what makes the logits of its features.
+
+    Args:
+        name: Of the head, for the message.
+        features: ``[B, D]``, what entered it; None if it did not run.
+        weight: ``[C, D]``.
+        bias: ``[C]`` or None.
+        logits: ``[B, C]``, what the network gave.
+
+    Raises:
+        InputError: The network does something else than apply the head, such as to normalise,
+            scale or average; the message says how far off that is.
+    """
+    what = "the network's logits are not what it makes"
+    if features is not None and not logits.isfinite().all():
+        return  # a batch with NaN says nothing about the head
+    if features is not None:
+        wide = [None if t is None else t.detach().double() for t in (features, weight, bias)]
+        made = F.linear(*wide)  # type: ignore[arg-type]
+        off = float((made - logits.detach().double()).abs().max())
+        half = {features.dtype, weight.dtype, logits.dtype} & {torch.float16, torch.bfloat16}
+        if off <= (0.05 if half else 5e-3) * (1 + float(made.abs().max())):
+            return
+        what = f"the network's logits are up to {off:.3g} away from its output"
+    raise InputError(
+        f"{name!r} looks like the final linear map of the network, but {what}. Use a network that "
+        "returns what its head gives: nothing may normalise, scale or average it."
+    )
 
 
 def _declared_head(network: nn.Module) -> Any:
@@ -199,6 +248,22 @@ def _in_words(found: Any) -> str:
     if isinstance(found, nn.Conv2d):
         return f"a Conv2d with kernel {found.kernel_size} and {found.groups} groups"
     return f"{'a quantised ' if _is_quantised(found) else ''}{type(found).__name__}"
+
+
+def _advice(found: Any) -> str:
+    """Say what to do about what was found in the head's place."""
+    if isinstance(found, nn.Identity):
+        return "It was made without a classifier (num_classes=0): make it with its classes."
+    if isinstance(found, tuple | list):
+        return (
+            "Of heads that are averaged none makes the logits: take a model with one, such as the "
+            "same one without distillation."
+        )
+    if _is_quantised(found):
+        return "Integer weights have no geometry to align with: use the model before quantisation."
+    if isinstance(found, nn.Module) and "" in norm_layers(found):
+        return "It normalises behind the linear map: use a head that ends in the linear map."
+    return "Use a model that ends in one."
 
 
 def _as_features(head_input: Tensor) -> Tensor:

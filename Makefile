@@ -53,6 +53,7 @@ bench: setup  ## Time adapt against a bare loop, its memory on a long stream, an
 	$(BIN)/python benchmarks/long_stream.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/learned_rule_cost.py
+	$(BIN)/python benchmarks/stag_cost.py
 
 clean:  ## Remove .venv and caches; runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

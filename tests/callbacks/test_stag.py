@@ -254,7 +254,7 @@ def test_networks_and_heads(build, calls):
     assert torch.equal(calls[-1].anchors, unit_anchors(source, kind="input").directions.float())
     mean = sum(alignment_of(call, source) for call in calls) / BATCHES
     assert results["stag"]["alignment"] == pytest.approx(mean, abs=1e-4)
-    entropy = unit_anchors(source).entropy.mean().item()
+    entropy = unit_anchors(source, kind="self").entropy.mean().item()
     assert results["stag"]["self_structural_entropy"] == pytest.approx(entropy)
     copy.deepcopy(network)
     assert not find_head(network).module._forward_pre_hooks

@@ -164,7 +164,7 @@ def test_row_and_self_is_the_cosine_with_the_predicted_row():
     features, weight, bias = random_case(2)
     h = features.clone().requires_grad_()
     logits = h @ weight.T + bias
-    assert unit_anchors(weight).reversed_classes.tolist() == []
+    assert unit_anchors(weight, kind="self").reversed_classes.tolist() == []
     anchors = structural_anchors(weight, kind="self")
     y = logits.argmax(dim=1)
     loss = stag_loss(h, logits, weight, anchors, space="row")
@@ -318,13 +318,13 @@ def test_tensors_that_do_not_fit_are_refused(narrowed, kind, space):
 
 def test_arguments_that_cannot_be_meant_are_refused():
     features, weight, _ = random_case()
-    given = (features, features @ weight.T, weight, structural_anchors(weight))
+    given = (features, features @ weight.T, weight, structural_anchors(weight, kind="self"))
     with pytest.raises(InputError, match=r"Unknown space 'rwo'\. Did you mean 'row'"):
         stag_loss(*given, space="rwo")
     with pytest.raises(InputError, match="mask has 5 entries, expected one a sample: 6"):
-        stag_loss(*given, mask=torch.ones(5, dtype=torch.bool))
+        stag_loss(*given, space="row", mask=torch.ones(5, dtype=torch.bool))
     with pytest.raises(InputError, match=r"have the shapes \[4, 5\]"):
-        stag_loss(features[:4], *given[1:])
+        stag_loss(features[:4], *given[1:], space="row")
 
 
 def test_a_small_difference_of_large_logits_counts_in_half_precision_too():

@@ -209,3 +209,14 @@ def test_a_first_batch_with_nan_does_not_pass_for_a_check_of_the_head():
     term(Outputs(spoilt, out.features), head)
     with pytest.raises(InputError, match="looks like the final linear map"):
         term(Outputs(3 * out.logits, out.features), head)
+
+
+@pytest.mark.parametrize(
+    ("space", "kind"), [("row", "self"), ("feature", "input"), ("full", "full")]
+)
+def test_anchors_are_the_derivative_of_the_space_where_nothing_else_is_said(space, kind):
+    assert StagOptions(space=space).anchors == kind
+    assert torch.equal(
+        StagTerm(random_head(), StagOptions(space=space)).anchors,
+        unit_anchors(random_head().weight, kind=kind).directions,
+    )

@@ -149,7 +149,10 @@ def test_golden_anchors_and_entropies_with_a_bias():
     diagonal = torch.tensor([-0.32292849, -0.13083234, -0.26364880], dtype=torch.float64)
     expected = diagonal[:, None] * GOLDEN_WEIGHT
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
-    found = [unit_anchors(GOLDEN_WEIGHT, bias, use_bias=use).entropy for use in (False, True)]
+    found = [
+        unit_anchors(GOLDEN_WEIGHT, bias, kind="self", use_bias=use).entropy
+        for use in (False, True)
+    ]
     golden = [[0.83239558, 0.83239558, 0.36659396], [0.63337239, 0.92460880, 0.40960872]]
     expected = list(torch.tensor(golden, dtype=torch.float64))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
@@ -157,10 +160,9 @@ def test_golden_anchors_and_entropies_with_a_bias():
 
 def test_a_bias_counts_only_where_it_is_asked_for():
     weight, bias = random_head()
-    assert torch.equal(structural_anchors(weight, bias), structural_anchors(weight))
-    assert not torch.equal(
-        structural_anchors(weight, bias, use_bias=True), structural_anchors(weight)
-    )
+    plain = structural_anchors(weight, kind="self")
+    assert torch.equal(structural_anchors(weight, bias, kind="self"), plain)
+    assert not torch.equal(structural_anchors(weight, bias, kind="self", use_bias=True), plain)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,7 +198,7 @@ def test_reversed_classes_are_those_with_a_positive_diagonal(seed, use_bias):
     scores = (weight @ weight.T + use_bias * bias).requires_grad_()
     (gradient,) = torch.autograd.grad(entropy(scores).sum(), scores)
     expected = [c for c in range(7) if gradient[c, c] > 0]
-    found = unit_anchors(weight, bias, use_bias=use_bias)
+    found = unit_anchors(weight, bias, kind="self", use_bias=use_bias)
     assert found.reversed_classes.tolist() == expected
     assert len(expected) == {(0, True): 4, (1, True): 5, (3, False): 1, (3, True): 2}.get(
         (seed, use_bias), 0
@@ -351,4 +353,4 @@ ZERO_ROW = torch.cat([WEIGHT[:2], torch.zeros(1, 5), WEIGHT[2:]])
 )
 def test_heads_and_options_that_give_no_anchors(weight, options, message):
     with pytest.raises(InputError, match=message):
-        unit_anchors(weight, **options)
+        unit_anchors(weight, **{"kind": "self", **options})

@@ -37,8 +37,9 @@ class STAG(AdaptCallback):
         weight: Of the loss, 0 or more; with 0 the method runs as without this callback.
         space: Where gradients are compared, ``row``, ``feature`` or ``full``; see
             :func:`~tta_lightning.methods.stag.stag_alignment`.
-        anchors: ``self``, ``input``, ``total``, ``sum`` or ``full``; see
-            :func:`~tta_lightning.methods.stag.structural_anchors`.
+        anchors: ``self``, ``input``, ``total``, ``sum`` or ``full``, see
+            :func:`~tta_lightning.methods.stag.structural_anchors`; None for the kind that belongs
+            to the space.
         scope: ``host`` for the samples that the method itself learns from, ``all`` for all of a
             batch that it learns from.
         unit: What a weight of 1 means, ``logit`` or ``cosine``; see
@@ -54,8 +55,8 @@ class STAG(AdaptCallback):
     def __init__(
         self,
         weight: float = 1.0,
-        space: Space = "row",
-        anchors: Kind = "self",
+        space: Space = "full",
+        anchors: Kind | None = None,
         scope: Scope = "host",
         unit: Unit = "logit",
         row_normalize: bool = False,

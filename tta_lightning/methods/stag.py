@@ -60,6 +60,7 @@ __all__ = [
 
 Space = Literal["row", "feature", "full"]
 Scope = Literal["host", "all"]
+NATURAL: dict[Space, Kind] = {"row": "self", "feature": "input", "full": "full"}
 Unit = Literal["logit", "cosine"]
 
 
@@ -70,7 +71,9 @@ class StagOptions:
     Attributes:
         weight: Of the loss, 0 or more. With 0 the method is left exactly as it is.
         space: See :func:`stag_alignment`.
-        anchors: The kind; see :func:`structural_anchors`.
+        anchors: The kind; see :func:`structural_anchors`. None for the one that is the same
+            derivative as the space: ``self`` for ``row``, ``input`` for ``feature``, ``full`` for
+            ``full``.
         scope: ``host`` for the samples that the method itself learns from, ``all`` for all samples
             of a batch that it learns from.
         unit: What a weight of 1 means. ``cosine``: the loss as it stands. Its gradient by the
@@ -86,8 +89,8 @@ class StagOptions:
     """
 
     weight: float = 1.0
-    space: Space = "row"
-    anchors: Kind = "self"
+    space: Space = "full"
+    anchors: Kind | None = None
     scope: Scope = "host"
     unit: Unit = "logit"
     row_normalize: bool = False
@@ -97,6 +100,8 @@ class StagOptions:
     def __post_init__(self) -> None:
         require("weight", self.weight, 0.0)
         check_temperature(self.temperature)
+        if self.anchors is None and self.space in NATURAL:
+            object.__setattr__(self, "anchors", NATURAL[self.space])
         for name, given, choices in (
             ("space", self.space, get_args(Space)),
             ("kind of anchors", self.anchors, get_args(Kind)),
@@ -145,6 +150,7 @@ class StagTerm:
         self.alignment: Tensor | None = None
         self._checked = False
         weight, bias = head.restricted(classes)
+        assert self.options.anchors is not None
         found = unit_anchors(
             weight,
             bias,
@@ -196,7 +202,7 @@ class StagTerm:
 
 
 def stag_alignment(
-    features: Tensor, logits: Tensor, weight: Tensor, anchors: Tensor, *, space: Space = "row"
+    features: Tensor, logits: Tensor, weight: Tensor, anchors: Tensor, *, space: Space
 ) -> Tensor:
     """Compare each sample's entropy gradient with the anchor of its predicted class.
 
@@ -245,7 +251,7 @@ def stag_loss(
     weight: Tensor,
     anchors: Tensor,
     *,
-    space: Space = "row",
+    space: Space,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Average ``1 - cos(g, anchor_y)`` over samples.

@@ -62,7 +62,7 @@ REGIMES = {  # scenario, batch size (None: --batch-size)
 Make = Callable[[nn.Module, UpdateRule], Adapter]
 HOSTS: dict[str, Make] = {
     "Tent": Tent,
-    "EATA": lambda network, rule: EATA(
+    "ETA": lambda network, rule: EATA(
         network, rule, d_margin=0.05 if classes_of(network) > 100 else 0.4, fisher_alpha=0.0
     ),
     "SAR": SAR,
@@ -222,11 +222,35 @@ def readings(options: argparse.Namespace) -> Iterator[Reading]:
                 yield Reading(space, anchors, weight, unit)
 
 
+SETTINGS = (
+    "test",
+    "severity",
+    "table",
+    "limit",
+    "single",
+    "batch_size",
+    "rule",
+    "lr",
+    "image_size",
+)
+
+
+def opened(options: argparse.Namespace) -> dict[str, Any]:
+    """Read the file that runs are added to, if it is of the same phase, networks and settings."""
+    settings = {name: getattr(options, name) for name in ("phase", "networks", *SETTINGS)}
+    if options.phase == "confirm" and len(list(readings(options))) != 1:
+        raise SystemExit("confirm looks at one reading: give one of --readings, --weights, --units")
+    if not options.out.exists():
+        return {"settings": settings, "runs": []}
+    results: dict[str, Any] = json.loads(options.out.read_text())
+    if results["settings"] != settings:
+        raise SystemExit(f"{options.out} holds runs with other settings: {results['settings']}")
+    return results
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run everything; the file is written after each host and regime."""
-    results: dict[str, Any] = {"runs": []}
-    if options.out.exists():
-        results = json.loads(options.out.read_text())
+    results = opened(options)
     corruptions = "extra" if options.phase == "tune" else "common"
     networks = options.networks[:1] if options.phase == "tune" else options.networks
     for seed, path in enumerate(networks):
@@ -241,7 +265,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     with_stag = run(make(options, network, host, regime, reading), batches)
                     results["runs"].append(
                         {
-                            "phase": options.phase,
                             "network": path,
                             "seed": seed,
                             "regime": regime,
@@ -285,6 +308,8 @@ def grid_table(runs: list[dict[str, Any]]) -> str:
 
 def confirmation_table(runs: list[dict[str, Any]]) -> str:
     """Write a row a regime and host: gain with its spread over repetitions, and what it is made of.
+
+    All runs are of one reading and one list of networks; see :func:`opened`.
 
     A corruption counts as improved if its mean over repetitions is higher, and one repetition of a
     corruption as collapsed if fewer than half as many images are right as of the source model.
@@ -339,7 +364,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
-    runs = [each for each in measure(options)["runs"] if each["phase"] == options.phase]
+    runs = measure(options)["runs"]
     table = grid_table if options.phase == "tune" else confirmation_table
     Console().print(table(runs), soft_wrap=True)
 

@@ -423,3 +423,20 @@ def test_describes_itself():
     described = BNStats(make_network("bn"), alpha=0.25).describe()
     assert described["hyper_parameters"] == {"alpha": 0.25, "running": False}
     assert described["rule"] is None  # nothing descends
+
+
+def test_the_state_of_another_method_is_refused():
+    state = DeYO(make_network("gn")).state_dict()
+    adapter = Tent(make_network("gn"))
+    with pytest.raises(InputError, match="state of DeYO, not of Tent"):
+        adapter.load_state_dict(state)
+
+
+def test_the_source_model_moves_along_and_keeps_its_precision():
+    adapter = Tent(make_network("gn"))
+    adapter.ready()
+    exact = {name: tensor.clone() for name, tensor in adapter._source.items()}
+    adapter.bfloat16()
+    assert all(torch.equal(tensor, exact[name]) for name, tensor in adapter._source.items())
+    adapter.to("meta")
+    assert {tensor.device.type for tensor in adapter._source.values()} == {"meta"}

@@ -79,6 +79,7 @@ SHIFT = ("--data.scenario", "label_shift")
 RATIO = "--data.scenario_options.imbalance_ratio"
 MGTTA = ("--model", "MGTTA", "--model.network", "model.ckpt", "--model.rule")
 # what is given: the words that the sentence must hold
+STAG = "--trainer.callbacks+=STAG"
 CASES = {
     "missing folder": ((ROOT, "pictures"), ["'pictures' does not exist", "Expected a folder"]),
     "empty folder": ((ROOT, "empty"), ["No class folders in 'empty'", "Expected"]),
@@ -108,6 +109,28 @@ CASES = {
         ("--trainer.callbacks+=StreamMetric",),
         ["Unknown class 'StreamMetric'", "Did you mean 'StreamMetrics'?"],
     ),
+    "unknown space of STAG": (
+        (STAG, "--trainer.callbacks.space=rows"),
+        ["Unknown space 'rows'", "Did you mean 'row'?", "feature"],
+    ),
+    "unknown anchors of STAG": (
+        (STAG, "--trainer.callbacks.anchors=ful"),
+        ["Unknown anchors 'ful'", "Did you mean 'full'?"],
+    ),
+    "anchors of another space": (
+        (STAG, "--trainer.callbacks.space=row", "--trainer.callbacks.anchors=full"),
+        ["'row'", "'full'", "do not fit"],
+    ),
+    "negative weight of STAG": (
+        (STAG, "--trainer.callbacks.weight=-1"),
+        ["weight = -1.0", "0 <= weight"],
+    ),
+    "weight of STAG that is no number": (
+        (STAG, "--trainer.callbacks.weight=nan"),
+        ["weight", "Expected a number", "nan"],
+    ),
+    "STAG twice": ((STAG, STAG, "--model", "Tent"), ["2 STAG callbacks", "Keep one"]),
+    "STAG on a method that learns nothing": ((STAG,), ["Source moves no parameter", "Tent"]),
     "unknown corruption": (
         ("--data.corruptions", "[fog, snwo]"),
         ["Unknown corruption 'snwo'", "Did you mean 'snow'?", "zoom_blur"],
@@ -145,7 +168,7 @@ CASES = {
     ),
     "unknown option": (("--frobnicate", "1"), ["Unknown option 'frobnicate'", "--help"]),
     "text for a number": (("--data.batch_size", "many"), ["batch_size", "int", "many"]),
-    "unknown choice": (("--data.on_bad_image", "ignore"), ["on_bad_image", "'stop', 'skip'"]),
+    "unknown choice": (("--data.on_bad_image", "ignore"), ["on_bad_image", "skip, stop"]),
     "missing YAML": (("-c", "nothing.yaml"), ["does not exist", "nothing.yaml"]),
     "misspelt argument in YAML": (("-c", "argument.yaml"), ["'netwrok'", "mean 'network'?"]),
     "misspelt section in YAML": (("-c", "section.yaml"), ["'modle'", "Did you mean 'model'?"]),

@@ -14,6 +14,7 @@ from tta_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+STAG = (ROOT / "docs" / "stag.md").read_text()
 SMALLER = {
     "fit": ["--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--data.limit=100"],
     "adapt": ["--data.limit=6"],
@@ -23,13 +24,14 @@ SMALL_PRETRAINING = ["--data.images=40", "--data.batch_size=10", "--data.val_ima
 OFFLINE = "{spec: timm:resnet10t, pretrained: false, num_classes: 1000}"
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def commands():
-    """Every tta command of README: in blocks, and in line where it says what to type."""
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line]
+    """Every tta command of the pages: in blocks, and in line where it says what to type."""
+    shown = blocks("bash") + blocks("bash", STAG)
+    lines = [line for block in shown for line in block.splitlines() if line]
     inline = re.findall(r"`(tta \w+ -c [^`]+)`", README)
     return [shlex.split(line) for line in lines + inline]
 

@@ -15,6 +15,7 @@ from tta_lightning.contract import (
     Outputs,
     StepReport,
     Term,
+    check_method,
     checked_logits,
     keep_counter,
     map_tensors,
@@ -346,18 +347,17 @@ class Adapter(AdaptOnly):
         return self.outputs(images).logits
 
     def train(self, mode: bool = True) -> Self:
-        """Keep the mode that :meth:`configure` chose, once it has: adapting knows no other.
-
-        A plain ``eval()`` would silently switch batch normalisation back to source statistics.
-        """
+        """Keep the mode that :meth:`configure` chose: ``eval()`` would switch statistics back."""
         return self if self._source is not None else super().train(mode)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the state of the rule and the memory, for the ``state_dict``."""
-        return {"rule_state": self.rule_state, "memory": self.memory}
+        own = {"rule_state": self.rule_state, "memory": self.memory}
+        return {"method": type(self).__name__, **own}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take what :meth:`get_extra_state` returned, onto the network's device."""
+        check_method(state, type(self).__name__)
         device = next((p.device for p in self.network.parameters()), None)
         self.memory = map_tensors(lambda tensor: tensor.to(device), state["memory"])
         if state["rule_state"]:
@@ -378,6 +378,8 @@ class Adapter(AdaptOnly):
         with torch.no_grad():
             self.rule_state = map_tensors(lambda t: keep_counter(fn(t), t), self.rule_state)
             self.memory = map_tensors(lambda t: keep_counter(fn(t), t), self.memory)
+            if self._source is not None:  # it moves, but keeps its precision
+                self._source = {n: t.to(fn(t).device) for n, t in self._source.items()}
         return self
 
 

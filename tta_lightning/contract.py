@@ -45,12 +45,14 @@ class StepReport:
         loss: The loss that was minimised, a detached scalar; None where there was none.
         finite: Whether loss and gradients were; if not, nothing moved.
         reason: Why nothing moved; empty when something did.
+        reset: Whether the method itself returned to the source model.
     """
 
     updated: bool = False
     loss: Tensor | None = None
     finite: bool = True
     reason: str = ""
+    reset: bool = False
 
 
 def not_finite(loss: Tensor) -> StepReport:
@@ -81,6 +83,19 @@ def checked_logits(logits: Any) -> Tensor:
         f"The network gave {got} where logits [B, C] are expected. Wrap it in a module that "
         "returns the logits alone."
     )
+
+
+def check_method(state: dict[str, Any], name: str) -> None:
+    """Refuse the extra state of another method.
+
+    Raises:
+        InputError: Names both.
+    """
+    if state["method"] != name:
+        raise InputError(
+            f"This is the state of {state['method']}, not of {name}: load it into the method that "
+            "it was saved from."
+        )
 
 
 def keep_counter(moved: Tensor, tensor: Tensor) -> Tensor:

@@ -12,13 +12,18 @@ import lightning.pytorch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from tta_lightning import callbacks, data, meta, methods, rules
-from tta_lightning.errors import InputError
+from tta_lightning.errors import InputError, unknown_name
 
 _OPTION = re.compile(
     r"Option '(?P<a>[\w.]+)' is not accepted"
     r"|[Uu]nrecognized arguments: --?(?P<b>[\w.]+)"
     r"|Key '(?P<c>[\w.]+)' is not expected"
     r"|does not accept (?:option|nested key) '(?P<d>[\w.]+)'"
+)
+_CHOICE = re.compile(
+    r'Parser key "(?P<key>[\w.]+)".*?Literal\[(?P<choices>[^\]]*)\]'
+    r".*?(?:Got value|Given value): (?P<given>\S+)",
+    re.DOTALL,
 )
 _VERB = re.compile(r"invalid choice: '(?P<name>[^']*)'")
 _VERBS = ("fit", "validate", "test", "adapt", "compare")
@@ -62,7 +67,14 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     if found:
         name = found["name"]
         return f"Unknown class {name!r}.{_nearest(name, _classes())} Give a class or a full path."
-    return _without_noise(message)
+    choice = _CHOICE.search(message)
+    if choice:
+        name, choices = (
+            choice["key"].rpartition(".")[2],
+            re.findall(r"'([^']*)'", choice["choices"]),
+        )
+        return str(unknown_name(name, choice["given"], choices))
+    return _without_noise(message).replace("<class 'float'>", "number")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

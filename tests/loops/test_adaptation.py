@@ -17,6 +17,7 @@ from tests.networks import make_batches, make_network
 from tests.streams import CLASSES, make_source, make_stream
 from tta_lightning import cli
 from tta_lightning.callbacks import AdaptCallback, StreamMetrics
+from tta_lightning.contract import StepReport
 from tta_lightning.data import ArraySource, Stream
 from tta_lightning.errors import InputError
 from tta_lightning.methods import BNStats, Source, Tent
@@ -383,3 +384,31 @@ def test_bn_stats_on_the_loop_equals_batch_statistics():
     with torch.no_grad():
         expected = torch.cat([network(batch.images) for batch in stream.test_dataloader()])
     assert torch.equal(logits_of(BNStats(make_network("bn")), stream), expected)
+
+
+def test_a_recovery_of_the_method_itself_is_told_and_counted(tmp_path):
+    class Recovers(Tent):
+        """Returns to the source after every third batch."""
+
+        steps = 0
+
+        def learn(self, out, images):
+            report = super().learn(out, images)
+            self.steps += 1
+            if self.steps % 3:
+                return report
+            self.reset()
+            return StepReport(reason="collapsed", reset=True)
+
+    reasons = []
+
+    class Resets(AdaptCallback):
+        def on_adapt_reset(self, trainer, adapter, reason):
+            reasons.append(reason)
+
+    with pytest.warns(UserWarning, match="Recovers: collapsed") as told:
+        results = quiet(Resets()).adapt(
+            Recovers(make_network("gn"), SGD(lr=0.1)), datamodule=make_stream(scenario="continual")
+        )
+    assert (results["recoveries"], len(told)) == (2, 1)
+    assert reasons == ["collapsed", "collapsed"]

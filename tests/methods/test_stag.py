@@ -321,10 +321,42 @@ def test_arguments_that_cannot_be_meant_are_refused():
     given = (features, features @ weight.T, weight, structural_anchors(weight, kind="self"))
     with pytest.raises(InputError, match=r"Unknown space 'rwo'\. Did you mean 'row'"):
         stag_loss(*given, space="rwo")
-    with pytest.raises(InputError, match="mask has 5 entries, expected one a sample: 6"):
+    with pytest.raises(InputError, match="mask is torch.bool with 5 entries, .* one a sample: 6"):
         stag_loss(*given, space="row", mask=torch.ones(5, dtype=torch.bool))
-    with pytest.raises(InputError, match=r"have the shapes \[4, 5\]"):
+    with pytest.raises(InputError, match=r"torch.int64 with 6 entries, expected bool"):
+        stag_loss(*given, space="row", mask=torch.ones(6, dtype=torch.int64))
+    with pytest.raises(
+        InputError, match=r"\[4, 5\] and logits \[6, 7\] are not of the same samples"
+    ):
         stag_loss(features[:4], *given[1:], space="row")
+    maps, turned = torch.rand(2, 5, 4, 6), torch.rand(2, 7, 6, 4)
+    with pytest.raises(InputError, match="are not of the same samples"):
+        stag_loss(maps, turned, *given[2:], space="row")
+
+
+@every_pair
+def test_the_weight_of_a_convolution_will_do(space, kind):
+    features, weight, _ = random_case()
+    given = (features, features @ weight.T)
+    anchors = structural_anchors(weight, kind=kind)
+    found = stag_loss(*given, weight[:, :, None, None], anchors, space=space)
+    assert torch.equal(found, stag_loss(*given, weight, anchors, space=space))
+
+
+@every_pair
+@pytest.mark.parametrize(("of_features", "of_weight"), [(1e20, 1.0), (1e-24, 1.0), (1.0, 1e20)])
+def test_lengths_do_not_leave_the_range_of_float32(space, kind, of_features, of_weight):
+    features, weight, _ = random_case()
+    anchors, logits = structural_anchors(weight, kind=kind), features @ weight.T
+    expected = stag_alignment(features, logits, weight, anchors, space=space).float()
+    given = [t.float() for t in (of_features * features, logits, of_weight * weight)]
+    given[0].requires_grad_()
+    found = stag_alignment(*given, anchors.float(), space=space)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    if space != "feature":
+        (slope,) = torch.autograd.grad(found.sum(), given[0])
+        assert slope.isfinite().all()
+        assert slope.any()
 
 
 def test_a_small_difference_of_large_logits_counts_in_half_precision_too():

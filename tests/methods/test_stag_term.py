@@ -124,7 +124,7 @@ HIDDEN = {  # what a network does behind its head, and what is said of it
     "scaled": (lambda z, h, w: 3 * z, "logits are up to"),
     "normalised": (lambda z, h, w: F.normalize(h) @ F.normalize(w).T, "logits are up to"),
     "rectified": (lambda z, h, w: z.relu(), "logits are up to"),
-    "elsewhere": (lambda z, h, w: z, "logits are not what it makes"),
+    "elsewhere": (lambda z, h, w: z, "it did not run once"),
 }
 
 
@@ -220,3 +220,12 @@ def test_anchors_are_the_derivative_of_the_space_where_nothing_else_is_said(spac
         StagTerm(random_head(), StagOptions(space=space)).anchors,
         unit_anchors(random_head().weight, kind=kind).directions,
     )
+
+
+def test_a_term_of_other_classes_is_refused():
+    head = random_head()
+    out = random_outputs(head, classes=torch.tensor([1, 2, 3]))
+    with pytest.raises(
+        InputError, match=r"for 7 classes, but .* those of 3\. Make .* after restrict"
+    ):
+        StagTerm(head, options())(out, head)

@@ -317,6 +317,19 @@ def test_the_effective_weight_of_a_spectral_normed_head_counts():
     torch.testing.assert_close(found, structural_anchors(expected, kind="input"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_returned_holds_on_to_nothing_else(kind):
+    for tensor in unit_anchors(random_head()[0], kind=kind):
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-300}, {"row_normalize": True}])
+def test_anchors_of_any_size_have_length_one(options):
+    weight = random_head()[0] if "temperature" in options else 1e60 * random_head()[0].double()
+    found = unit_anchors(weight, kind="self", **options).directions
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(7, dtype=torch.float64))
+
+
 # Heads without anchors ----------------------------------------------------------------------------
 
 WEIGHT = random_head()[0]
@@ -335,8 +348,8 @@ ZERO_ROW = torch.cat([WEIGHT[:2], torch.zeros(1, 5), WEIGHT[2:]])
         (ZERO_ROW, {"kind": "self"}, r"1 of 8 classes .* \(class 2\)"),
         (ZERO_ROW, {"kind": "full"}, r"1 of 8 classes .* \(class 2\)"),
         (ZERO_ROW, {"row_normalize": True}, "a row is zero"),
-        (WEIGHT[:1], {}, r"two classes or more, got \[1, 5\]"),
-        (WEIGHT[0], {}, r"weight \[C, D\] .* got \[5\]"),
+        (WEIGHT[:1], {}, r"two or more: .* got \[1, 5\]"),
+        (WEIGHT[0], {}, r"weight \[C, D\], got \[5\]"),
         (WEIGHT.where(WEIGHT < 1, torch.nan), {}, "not finite everywhere"),
         (WEIGHT.where(WEIGHT < 1, torch.inf), {"kind": "input"}, "not finite everywhere"),
         (WEIGHT, {"use_bias": True}, r"needs a bias \[7\] .* got none"),

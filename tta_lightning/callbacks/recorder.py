@@ -104,6 +104,7 @@ class RunRecorder(AdaptCallback):
             "stopped": stopped,
             "batches": loop.completed_batches,
             "nonfinite_batches": loop.nonfinite_batches,
+            "recoveries": loop.recoveries,
             "bad_images": {
                 "count": len(loop.bad_images),
                 "files": [reason for _, reason in loop.bad_images],

@@ -15,7 +15,6 @@ from tta_lightning.data.plan import Segment
 from tta_lightning.data.stream import StreamBatch
 from tta_lightning.errors import InputError
 from tta_lightning.methods.stag import Kind, Scope, Space, StagOptions, StagTerm, Unit
-from tta_lightning.models.heads import find_head
 
 
 class STAG(AdaptCallback):
@@ -35,15 +34,16 @@ class STAG(AdaptCallback):
 
     Args:
         weight: Of the loss, 0 or more; with 0 the method runs as without this callback.
-        space: Where gradients are compared, ``row``, ``feature`` or ``full``; see
-            :func:`~tta_lightning.methods.stag.stag_alignment`.
-        anchors: ``self``, ``input``, ``total``, ``sum`` or ``full``, see
-            :func:`~tta_lightning.methods.stag.structural_anchors`; None for the kind that belongs
-            to the space.
+        space: Which gradient of the entropy is compared: ``full`` by the whole classifier, ``row``
+            by the row of the predicted class, ``feature`` by the features.
+        anchors: Which gradient of the self-structural entropy it is compared with: ``full`` by the
+            whole classifier, ``self`` by the class's own row, ``input`` by the features, ``total``
+            by both, ``sum`` by its row in all classes. None for the one that belongs to the space.
         scope: ``host`` for the samples that the method itself learns from, ``all`` for all of a
             batch that it learns from.
-        unit: What a weight of 1 means, ``logit`` or ``cosine``; see
-            :class:`~tta_lightning.methods.stag.StagOptions`.
+        unit: With ``logit`` the loss of a sample is multiplied by the lengths of its features and
+            of its class's row, so that a weight means the same in every network; with ``cosine``
+            it is not.
         row_normalize: Bring the rows of the classifier to length one for the anchors.
         temperature: Of the self-structural softmax.
         use_bias: Give the self-structural softmax the bias of the classifier.
@@ -70,6 +70,18 @@ class STAG(AdaptCallback):
         self._health: dict[str, Any] = {}
         self._forget()
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse to stand by idly while something is trained.
+
+        Raises:
+            InputError: The trainer fits.
+        """
+        if stage == "fit":
+            raise InputError(
+                "STAG acts while a model adapts, not while one is trained. Leave it out of `fit`, "
+                "and give it to `adapt`."
+            )
+
     def on_adapt_start(self, trainer: Trainer, adapter: Adapter) -> None:
         """Compute the anchors of the source classifier and attach the term.
 
@@ -84,7 +96,13 @@ class STAG(AdaptCallback):
                 f"STAG adds a term to the loss of a method, but {type(adapter).__name__} moves no "
                 "parameter. Use it with a method that learns, such as Tent."
             )
-        head = find_head(adapter.network)
+        others = [c for c in getattr(trainer, "callbacks", []) if isinstance(c, STAG)]
+        if len(others) > 1:
+            raise InputError(
+                f"There are {len(others)} STAG callbacks, each of which would add its loss. Keep "
+                "one; another weight is an option of it."
+            )
+        head = adapter.head
         self.term = StagTerm(head, self.options, adapter.classes)
         lost = self.term.reversed_classes.tolist()
         self._health = {
@@ -93,6 +111,8 @@ class STAG(AdaptCallback):
             "self_structural_entropy": float(self.term.entropy.mean()),
         }
         if lost:
+            if adapter.classes is not None:  # as the network counts them
+                lost = adapter.classes[lost].tolist()
             some = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
             warnings.warn(
                 f"{len(lost)} of {len(self.term.anchors)} classes are not predicted for their own "
@@ -113,9 +133,12 @@ class STAG(AdaptCallback):
     def on_adapt_batch_end(
         self, trainer: Trainer, adapter: Adapter, logits: Tensor, batch: StreamBatch, batch_idx: int
     ) -> None:
-        """Count the alignment of the batch, that of its last pass where a method makes several."""
+        """Count the alignment of a batch that was learnt from, that of its last pass."""
         self._batches += 1
-        if self.term is not None and self.term.alignment is not None:
+        aligned = self.term is not None and self.term.alignment is not None
+        if aligned and adapter.report.updated:
+            assert self.term is not None
+            assert self.term.alignment is not None
             self._stream.add(self.term.alignment)
             self._segment.add(self.term.alignment)
 

@@ -42,6 +42,7 @@ class AdaptationLoop(_EvaluationLoop):
         bad_images: Position and reason of each image that could not be read.
         nonfinite_batches: Number of batches that were predicted but whose logits, loss or gradients
             were not finite.
+        recoveries: How often the method itself returned to the source model.
         segment: The stretch of the stream that is running; None outside.
         served: Number of images that the stream has given, bad ones included.
     """
@@ -53,6 +54,7 @@ class AdaptationLoop(_EvaluationLoop):
         self.segment: Segment | None = None
         self.bad_images: list[tuple[int, str]] = []
         self.nonfinite_batches = 0
+        self.recoveries = 0
         self.served = 0
 
     @property
@@ -112,6 +114,7 @@ class AdaptationLoop(_EvaluationLoop):
         logits = self._adapt_step(batch.images)
         self._check_width(logits, batch.labels)
         self._note_what_is_not_finite(logits, batch_idx)
+        self._note_recovery()
         self.batch_progress.increment_processed()
 
         self._hook("on_adapt_batch_end", logits, batch, batch_idx)
@@ -179,6 +182,19 @@ class AdaptationLoop(_EvaluationLoop):
         self.nonfinite_batches += 1
         if self.adapter.report.finite:  # else the adapter has warned
             warnings.warn(f"Batch {batch_idx} gave logits that are not finite.", stacklevel=2)
+
+    def _note_recovery(self) -> None:
+        """Tell of a method that saw its model collapse and returned to the source."""
+        report = self.adapter.report
+        if not report.reset:
+            return
+        self.recoveries += 1
+        if self.recoveries == 1:
+            warnings.warn(
+                f"{type(self.adapter).__name__}: {report.reason}. metrics.json counts how often.",
+                stacklevel=2,
+            )
+        self._hook("on_adapt_reset", report.reason)
 
     # Segments ------------------------------------------------------------------------------------
 

@@ -175,15 +175,12 @@ class StagTerm:
         Raises:
             InputError: The head is not what makes the logits (seen at the first call).
         """
-        features, logits, options = out.features, out.logits, self.options
+        logits, options = out.logits, self.options
         zero = wide(logits.detach()).new_zeros(())
         if options.weight == 0:
             return zero
         weight, bias = head.restricted(self.classes)
-        if features is None or not self._checked:
-            check_head(head.name, features, weight, bias, logits)
-            self._checked = bool(logits.isfinite().all())  # NaN says nothing about a head
-        assert features is not None
+        features = self._features(out, weight, bias, head.name)
         counted = counted_samples(
             features, logits, out.selected if options.scope == "host" else None
         )
@@ -199,6 +196,16 @@ class StagTerm:
             rows = weight[logits.detach().argmax(dim=1)]
             loss = loss * wide(features.detach()).norm(dim=1) * wide(rows).norm(dim=1)
         return options.weight * loss.mean()
+
+    def _features(self, out: Outputs, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
+        """Return the features, after seeing once that the head makes the logits of them."""
+        if not self._checked:
+            check_head(name, out.features, weight, bias, out.logits)
+            self._checked = bool(out.logits.isfinite().all())  # NaN says nothing about a head
+        if out.features is None or out.logits.shape[1] != len(weight):
+            check_head(name, out.features, weight, bias, out.logits)
+        assert out.features is not None
+        return out.features
 
 
 def stag_alignment(
@@ -233,9 +240,9 @@ def stag_alignment(
         InputError: The shapes do not fit each other or the space.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        h, z, w = wide(_samples(features)), wide(_samples(logits)), wide(weight.detach())
+        h, z, w = wide(_samples(features)), wide(_samples(logits)), wide(weight.detach().flatten(1))
         _check_fit(h, z, w, anchors, space)
-        anchor = anchors.detach().to(h.dtype).index_select(0, z.detach().argmax(dim=1))
+        anchor = anchors.detach().to(h).index_select(0, z.detach().argmax(dim=1))
         if space == "row":
             return -_cosine(h, anchor)
         gradient, _ = scaled_logit_gradient(z)
@@ -260,7 +267,7 @@ def stag_loss(
         features: ``h [B, D]``; or ``[B, D, H, W]``, where each location is a sample, as before a
             segmentation network's last 1x1 convolution.
         logits: ``z [B, C]`` or ``[B, C, H, W]``.
-        weight: ``W [C, D]``, taken as a constant.
+        weight: ``W [C, D]`` or that of a 1x1 convolution, taken as a constant.
         anchors: What :func:`structural_anchors` returned.
         space: See :func:`stag_alignment`.
         mask: ``[B]`` or ``[B, H, W]`` bool, the samples that count; None for all. A sample without
@@ -272,10 +279,18 @@ def stag_loss(
     Raises:
         InputError: The shapes do not fit each other or the space.
     """
+    if features.shape[:1] + features.shape[2:] != logits.shape[:1] + logits.shape[2:]:
+        raise InputError(
+            f"Features {list(features.shape)} and logits {list(logits.shape)} are not of the same "
+            "samples: expected [B, D] and [B, C], or [B, D, H, W] and [B, C, H, W]."
+        )
     h, z = _samples(features), _samples(logits)
-    _check_fit(h, z, weight, anchors, space)
-    if mask is not None and mask.numel() != len(z):
-        raise InputError(f"The mask has {mask.numel()} entries, expected one a sample: {len(z)}.")
+    _check_fit(h, z, weight.flatten(1), anchors, space)
+    if mask is not None and (mask.numel() != len(z) or mask.dtype != torch.bool):
+        raise InputError(
+            f"The mask is {mask.dtype} with {mask.numel()} entries, expected bool, one a sample: "
+            f"{len(z)}."
+        )
     counted = counted_samples(h, z, None if mask is None else mask.flatten())
     if len(counted) == 0:
         return wide(z.detach()).new_zeros(())
@@ -292,17 +307,23 @@ def counted_samples(features: Tensor, logits: Tensor, mask: Tensor | None = None
 
     Returns:
         Their positions ``[N]`` int64: not those with constant logits, with features that are all
-        zero, or with a feature that is not finite.
+        zero (or nearly: 1e-30), or with a feature that is not finite.
     """
-    h = features.detach()
-    counted = has_direction(logits.detach()) & (h != 0).any(dim=1) & h.isfinite().all(dim=1)
+    largest = features.detach().abs().amax(dim=1)
+    counted = has_direction(logits.detach()) & (largest > 1e-30) & largest.isfinite()
     return (counted if mask is None else counted & mask).nonzero().flatten()
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:
-    """Compare pairs of rows, none of them zero."""
+    """Compare pairs of rows, none of them zero, whatever their lengths."""
+    one, other = _near_one(one), _near_one(other)
     cosine: Tensor = (one * other).sum(dim=1) / (one.norm(dim=1) * other.norm(dim=1))
     return cosine
+
+
+def _near_one(rows: Tensor) -> Tensor:
+    """Scale rows by a constant such that no square of theirs leaves the range of the type."""
+    return rows / rows.detach().abs().amax(dim=1, keepdim=True)
 
 
 def _samples(tensor: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def _some_anchors(
     gradient, log_scale = scaled_logit_gradient(structure)
     gradient = gradient * known
     log_p, surprised = surprise(structure)
-    entropy = (surprised - log_p)[:, :1]
+    entropy = surprised[:, :1] - log_p[:, :1]  # no view of a [C, C] matrix
     column = index[:, None]
     loses = structure.argmax(dim=1, keepdim=True) != column  # to the row of another class
     own = torch.where(loses, -surprised.gather(1, column), gradient.gather(1, column)) * known
@@ -191,8 +191,8 @@ def _unit(anchors: Tensor, kind: Kind) -> Tensor:
     """
     classes = len(anchors)
     parts = anchors.tensor_split([classes], dim=1) if kind == "full" else (anchors,)
-    lengths = [part.norm(dim=1, keepdim=True) for part in parts]
-    lost = (torch.cat(lengths, dim=1).amin(dim=1) == 0).nonzero().flatten().tolist()
+    largest = [part.abs().amax(dim=1, keepdim=True) for part in parts]
+    lost = (torch.cat(largest, dim=1).amin(dim=1) == 0).nonzero().flatten().tolist()
     if lost:
         raise InputError(
             f"{len(lost)} of {classes} classes have a structural anchor of length zero (class "
@@ -200,7 +200,8 @@ def _unit(anchors: Tensor, kind: Kind) -> Tensor:
             "alike, or so far from the others that the gradient vanishes. Use a trained head; with "
             "an over-confident one a temperature above 1 or row_normalize helps."
         )
-    return torch.cat([part / length for part, length in zip(parts, lengths, strict=True)], dim=1)
+    scaled = [part / size for part, size in zip(parts, largest, strict=True)]
+    return torch.cat([part / part.norm(dim=1, keepdim=True) for part in scaled], dim=1)
 
 
 def _checked_rows(weight: Tensor, row_normalize: bool) -> Tensor:
@@ -211,8 +212,8 @@ def _checked_rows(weight: Tensor, row_normalize: bool) -> Tensor:
     """
     if weight.dim() != 2 or len(weight) < 2:
         raise InputError(
-            f"STAG needs the weight [C, D] of a classifier of two classes or more, got "
-            f"{list(weight.shape)}."
+            "STAG compares the classes of a classifier or of a stream, two or more: expected a "
+            f"weight [C, D], got {list(weight.shape)}."
         )
     rows = weight.detach().double()
     if not bool(rows.isfinite().all()):

@@ -176,7 +176,12 @@ def check_head(
         InputError: The network does something else than apply the head, such as to normalise,
             scale or average; the message says how far off that is.
     """
-    what = "the network's logits are not what it makes"
+    what = "it did not run once, or another layer comes after it"
+    if len(weight) != logits.shape[1]:
+        raise InputError(
+            f"The classifier {name!r} is looked at for {len(weight)} classes, but the logits are "
+            f"those of {logits.shape[1]}. Make what looks at it after restrict_classes()."
+        )
     if features is not None and not logits.isfinite().all():
         return  # a batch with NaN says nothing about the head
     if features is not None:
@@ -189,7 +194,8 @@ def check_head(
         what = f"the network's logits are up to {off:.3g} away from its output"
     raise InputError(
         f"{name!r} looks like the final linear map of the network, but {what}. Use a network that "
-        "returns what its head gives: nothing may normalise, scale or average it."
+        "returns what its head gives, of the classes in use: nothing may normalise, scale or "
+        "average it."
     )
 
 

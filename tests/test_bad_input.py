@@ -131,6 +131,10 @@ CASES = {
     ),
     "STAG twice": ((STAG, STAG, "--model", "Tent"), ["2 STAG callbacks", "Keep one"]),
     "STAG on a method that learns nothing": ((STAG,), ["Source moves no parameter", "Tent"]),
+    "EATA without clean images": (
+        ("--model", "EATA"),
+        ["Set `clean` of the stream", "fisher_alpha=0"],
+    ),
     "unknown corruption": (
         ("--data.corruptions", "[fog, snwo]"),
         ["Unknown corruption 'snwo'", "Did you mean 'snow'?", "zoom_blur"],

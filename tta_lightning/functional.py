@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -133,3 +134,20 @@ def predictions(logits: Tensor) -> Predictions:
     finite = torch.isfinite(logits).all(dim=1)
     confidence, label = logits.softmax(dim=1).max(dim=1)
     return Predictions(label.where(finite, -1), confidence, entropy(logits), finite)
+
+
+RELIABLE = 0.4  # of ln C: the customary margin below which a prediction counts as sure
+
+
+def entropy_margin(given: float | None, fraction: float, classes: int) -> float:
+    """Say which entropy separates sure predictions from the others.
+
+    Args:
+        given: In nats; None for the fraction.
+        fraction: Of ``ln C``, the largest possible entropy.
+        classes: C.
+
+    Returns:
+        In nats.
+    """
+    return fraction * math.log(classes) if given is None else given

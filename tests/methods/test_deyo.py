@@ -10,7 +10,15 @@ import torch
 import torchvision
 from torch import nn
 
-from tests.networks import golden_network, make_batches, make_network
+from tests.networks import (
+    are_equal,
+    coloured_squares,
+    golden_network,
+    make_batches,
+    make_network,
+    sharp_network,
+    tensors_of,
+)
 from tta_lightning.errors import InputError
 from tta_lightning.methods.deyo import DeYO, occlude, shuffle_patches, shuffle_pixels
 from tta_lightning.rules import SGD, Adam
@@ -20,31 +28,6 @@ KEY = "deyo_occlusion16at8_sgd1e-3_m0.9_margin0.5lnK_e0_0.4lnK_plpd0_bn"
 WINDOW = {"aug_type": "occ", "occlusion_size": 16, "row_start": 4, "column_start": 10}
 MARGIN = 0.6 * math.log(10)  # nats; about half of the samples below are surer
 E0 = 0.4 * math.log(10)
-
-
-def sharp_network(norm):
-    """A network in float64 that is sure of some samples: entropies from 0.1 to 0.9 of ln 10."""
-    network = make_network(norm).double()
-    head = network.head if norm == "ln" else network[8]
-    with torch.no_grad():
-        head.weight.mul_(10)
-    return network
-
-
-def coloured_squares(count=4, size=16, seed=1):
-    """Batches of images of 4 x 4 coloured squares, which a random network tells apart."""
-    generator = torch.Generator().manual_seed(seed)
-    small = torch.rand(count, size, 3, 4, 4, generator=generator, dtype=torch.float64)
-    return list(small.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4))
-
-
-def tensors_of(module):
-    return {name: tensor.clone() for name, tensor in module.network.state_dict().items()}
-
-
-def are_equal(first, second):
-    pairs = zip(*map(torch.utils._pytree.tree_leaves, (first, second)), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
 
 
 def occluded_by_hand(images, draw):
@@ -163,7 +146,7 @@ def test_equals_a_loop_written_by_hand(norm, threshold, destroy, options):
         sharp_network(norm), rule, margin, None, threshold, **options, skip_top=False, seed=5
     )
     kept = []
-    for images in coloured_squares():
+    for images in coloured_squares(4):
         logits, loss = reference.step(images)
         torch.testing.assert_close(adapter.adapt_step(images), logits, rtol=0, atol=1e-11)
         kept.append(len(reference.kept))
@@ -274,6 +257,16 @@ class TestFilters:
         assert len(reference.kept) == 1
         assert adapter.report.loss.item() == pytest.approx(loss.item(), abs=1e-11)
 
+    def test_a_lone_sure_sample_does_not_use_up_the_warning(self):
+        images = coloured_squares(1)[0]
+        p = sharp_network("bn").train()(images).softmax(1)
+        surest = (-(p * p.log()).sum(1)).sort().values
+        adapter = DeYO(sharp_network("bn"), SGD(lr=0.0), surest[:2].mean().item(), **WINDOW)
+        adapter.adapt_step(images)
+        with pytest.warns(UserWarning, match="single image"):
+            adapter.adapt_step(images[:1])
+        adapter.adapt_step(images[:1])  # once is enough
+
     def test_an_image_alone_is_warned_of(self):
         adapter = DeYO(sharp_network("bn"), SGD(lr=0.1), 10.0, plpd_threshold=-1)
         with pytest.warns(UserWarning, match="single image"):
@@ -295,6 +288,29 @@ class TestFilters:
         assert are_equal([tensors_of(adapter), adapter.memory], before)
 
 
+@pytest.mark.parametrize("culprit", ["second forward", "term"])
+def test_a_step_that_fails_is_no_draw(culprit):
+    adapter = DeYO(sharp_network("gn"), SGD(lr=0.01), MARGIN, plpd_threshold=0)
+    first, second = coloured_squares(2)
+    adapter.adapt_step(first)
+    calls = []
+
+    def fail_the_second_time(*args):
+        calls.append(1)
+        if len(calls) == 2 or culprit == "term":
+            raise RuntimeError("out of memory")
+
+    if culprit == "term":
+        adapter.terms.append(fail_the_second_time)
+    else:
+        adapter.network.register_forward_pre_hook(fail_the_second_time)
+    before = [tensors_of(adapter), adapter.memory]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        adapter.adapt_step(second)
+    assert are_equal([tensors_of(adapter), adapter.memory], before)
+    assert adapter.memory["draws"] == 1
+
+
 def test_a_term_sees_the_original_images_of_what_both_filters_kept():
     def by_hand(network, images, kept):
         features = network[:8](images)[kept]
@@ -313,7 +329,7 @@ def test_a_term_sees_the_original_images_of_what_both_filters_kept():
         sharp_network("gn"), SGD(lr=0.01, momentum=0.9), MARGIN, plpd_threshold=0.1, **WINDOW
     )
     adapter.terms.append(term)
-    for step, images in enumerate(coloured_squares()):
+    for step, images in enumerate(coloured_squares(4)):
         logits, loss = reference.step(images, by_hand)
         torch.testing.assert_close(adapter.adapt_step(images), logits, rtol=0, atol=1e-11)
         assert seen[step] == reference.kept

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from tests.networks import golden_network, make_batches, make_network
+from tests.networks import (
+    are_equal,
+    coloured_squares,
+    golden_network,
+    make_batches,
+    make_network,
+    sharp_network,
+    tensors_of,
+)
 from tta_lightning.errors import InputError
 from tta_lightning.methods.eata import EATA
 from tta_lightning.rules import SGD, Adam
@@ -17,31 +25,6 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "reference_methods.pt"
 ETA_KEY = "eta_sgd2.5e-3_m0.9_emargin0.4lnK_dmargin0.97_bn"
 EATA_KEY = "eata_fisheralpha2000_sgd2.5e-3_m0.9_emargin0.4lnK_dmargin0.97_bn"
 MARGIN = 0.6 * math.log(10)  # nats; about half of the samples below are surer
-
-
-def sharp_network(norm):
-    """A network in float64 that is sure of some samples: entropies from 0.1 to 0.9 of ln 10."""
-    network = make_network(norm).double()
-    head = network.head if norm == "ln" else network[8]
-    with torch.no_grad():
-        head.weight.mul_(10)
-    return network
-
-
-def coloured_squares(count=5, size=16, seed=1):
-    """Batches of images of 4 x 4 coloured squares, which a random network tells apart."""
-    generator = torch.Generator().manual_seed(seed)
-    small = torch.rand(count, size, 3, 4, 4, generator=generator, dtype=torch.float64)
-    return list(small.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4))
-
-
-def tensors_of(module):
-    return {name: tensor.clone() for name, tensor in module.network.state_dict().items()}
-
-
-def are_equal(first, second):
-    pairs = zip(*map(torch.utils._pytree.tree_leaves, (first, second)), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
 
 
 def never_read():
@@ -339,6 +322,31 @@ class TestFisher:
         one.prepare([images])
         other.prepare([images[:0], images])
         assert are_equal(one.fisher, other.fisher)
+
+    @pytest.mark.parametrize("samples", [17, 33, 1000])
+    def test_a_rest_of_one_image_is_left_out(self, samples):
+        clean = [*coloured_squares(2), coloured_squares(3)[2][:1]]  # 33 images
+        adapter = EATA(sharp_network("bn"), fisher_samples=samples)
+        adapter.prepare(clean)  # no advice to take larger batches
+        expected = fisher_by_hand(sharp_network("bn").train(), clean[: min(samples // 16, 2)])
+        for name, values in expected.items():
+            torch.testing.assert_close(adapter.fisher[name], values, rtol=1e-9, atol=0)
+
+    def test_single_images_count_where_there_is_nothing_larger(self):
+        images = [image[None] for image in coloured_squares(1, 3)[0]]
+        adapter = EATA(sharp_network("gn"))
+        adapter.prepare(images)
+        expected = fisher_by_hand(sharp_network("gn"), images)
+        for name, values in expected.items():
+            torch.testing.assert_close(adapter.fisher[name], values, rtol=1e-9, atol=0)
+
+    def test_outlives_a_change_to_double(self):
+        adapter = EATA(make_network("gn"), SGD(lr=0.01), e_margin=5.0, d_margin=2.0)
+        adapter.prepare(make_batches(1))
+        adapter.adapt_step(make_batches(1)[0])
+        adapter.double()
+        assert adapter.adapt_step(make_batches(1)[0].double()).dtype == torch.float64
+        assert adapter.report.updated
 
     def test_works_whatever_grad_mode_surrounds_it(self):
         expected = EATA(sharp_network("gn"))

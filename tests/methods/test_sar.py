@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.networks import golden_network, make_batches, make_network
+from tests.networks import golden_network, head_of, make_batches, make_network, sharp_network
 from tta_lightning.errors import InputError
 from tta_lightning.methods.sar import SAR
 from tta_lightning.rules import SGD
@@ -19,18 +19,6 @@ KEY = "sar_sgd1e-3_m0.9_rho0.05_margin0.4lnK_gn"
 KINDS = ("weight", "bias")
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 LR, MOMENTUM, RHO = 0.02, 0.9, 0.05
-
-
-def sharp_network(norm, factor):
-    """Logits so far apart that the entropies of a batch lie between 0 and ln 10."""
-    network = make_network(norm).double()
-    with torch.no_grad():
-        head_of(network).weight.mul_(factor)
-    return network
-
-
-def head_of(network):
-    return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
 
 
 def batches_of(count=5):
@@ -223,8 +211,9 @@ def test_terms_see_the_samples_of_their_own_pass():
     assert not (second & ~first).any()
 
 
-def test_nothing_kept_moves_neither_state_nor_average():
-    adapter = make_sar(sharp_network("gn", 10), margin_e0=1.2)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_nothing_kept_moves_neither_state_nor_average(legacy):
+    adapter = make_sar(sharp_network("gn", 10), margin_e0=1.2, legacy=legacy)
     adapter.adapt_step(batches_of(1)[0])
     state = copy.deepcopy((adapter.network.state_dict(), adapter.rule_state, adapter.memory))
     for margin, rho in ((0.1, 0.05), (1.2, 0.3)):  # in the first pass, in the second

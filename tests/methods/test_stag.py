@@ -321,7 +321,7 @@ def test_arguments_that_cannot_be_meant_are_refused():
     given = (features, features @ weight.T, weight, structural_anchors(weight, kind="self"))
     with pytest.raises(InputError, match=r"Unknown space 'rwo'\. Did you mean 'row'"):
         stag_loss(*given, space="rwo")
-    with pytest.raises(InputError, match="mask is torch.bool with 5 entries, .* one a sample: 6"):
+    with pytest.raises(InputError, match=r"mask is torch.bool with 5 entries, .* one a sample: 6"):
         stag_loss(*given, space="row", mask=torch.ones(5, dtype=torch.bool))
     with pytest.raises(InputError, match=r"torch.int64 with 6 entries, expected bool"):
         stag_loss(*given, space="row", mask=torch.ones(6, dtype=torch.int64))

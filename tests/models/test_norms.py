@@ -1,15 +1,25 @@
-"""Which normalisation layers lie in the last quarter of a network."""
+"""Which normalisation layers lie in the last quarter of a network, and when one is warned."""
 
+import copy
+import warnings
 from itertools import pairwise
 
 import pytest
 import timm
+import torch
 import torchvision
 from torch import nn
 
 from tests.networks import LayerNormNet, golden_network
 from tta_lightning.models import Classifier, ModelInfo, ResNet26GN, SmallConvNet
-from tta_lightning.models.norms import norm_layers, upper_norm_layers
+from tta_lightning.models.norms import (
+    batch_norm_layers,
+    fix_upper_norms,
+    norm_layers,
+    upper_norm_layers,
+    use_batch_statistics,
+    without_advice,
+)
 
 
 def timm_vit(**options):
@@ -136,3 +146,44 @@ def test_four_stages_are_four_that_grow_and_make_up_the_network():
 )
 def test_none_where_the_network_is_neither(make):
     assert upper_norm_layers(make()) == set()
+
+
+def test_the_upper_norms_no_longer_move():
+    network = stages(8, 16, 32, 64)
+    fix_upper_norms(network)
+    fixed = {name for name, p in network.named_parameters() if not p.requires_grad}
+    assert fixed == {"4.0.1.weight", "4.0.1.bias"}
+
+
+class TestWithoutAdvice:
+    def warns(self, network):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            network(torch.rand(1, 3, 32, 32))
+        return [str(each.message).partition(":")[0] for each in caught]
+
+    def network(self):
+        network = golden_network()
+        use_batch_statistics(batch_norm_layers(network).values())
+        return network
+
+    @pytest.mark.parametrize("copied", [False, True])
+    def test_a_single_image_is_warned_of_once_and_outside(self, copied):
+        network = copy.deepcopy(self.network()) if copied else self.network()
+        layers = batch_norm_layers(network).values()
+        with without_advice(layers):
+            assert self.warns(network) == []
+        assert self.warns(network) == ["Batch statistics of a single image"]
+        assert self.warns(network) == []
+        with without_advice(layers):
+            assert self.warns(network) == []
+        assert self.warns(network) == []
+
+    def test_an_error_inside_does_not_silence_later_warnings(self):
+        network = self.network()
+        with (
+            pytest.raises(RuntimeError, match="of the user's"),
+            without_advice(batch_norm_layers(network).values()),
+        ):
+            raise RuntimeError("of the user's")
+        assert self.warns(network) == ["Batch statistics of a single image"]

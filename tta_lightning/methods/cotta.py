@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from tta_lightning.adapter import Adapter
-from tta_lightning.contract import Outputs
+from tta_lightning.contract import Outputs, map_tensors
 from tta_lightning.errors import InputError
-from tta_lightning.functional import wide
+from tta_lightning.functional import keep_float32, wide
 from tta_lightning.models.norms import batch_norm_layers, use_batch_statistics
 from tta_lightning.rules import UpdateRule
 from tta_lightning.rules.base import require
@@ -52,7 +52,8 @@ class CoTTA(Adapter):
     ``y'`` ``[B, C]``, the teacher's logits, is the prediction, made before the update. alpha =
     ``mt``, p = ``rst``, p_th = ``ap``, N = ``n_augmentations``; :func:`augment` draws a view. Every
     parameter moves. Student, teacher and source model share one network, whose weights are
-    exchanged, so three sets of weights are held. Attached terms see the student's forward pass.
+    exchanged, so three sets of weights are held; the teacher's are in float32 at least, as half
+    precision would lose steps of 1 - alpha. Attached terms see the student's forward pass.
 
     All random numbers come from ``seed`` and the number of steps since the last reset: a reset or a
     resumed run replays them on the same device, and no other random number is touched.
@@ -62,6 +63,10 @@ class CoTTA(Adapter):
     * Dropout and stochastic depth are off; the published code puts student, teacher and source
       model in training mode. Batch normalisation uses the statistics of each batch, and of each
       view, in all three; the running ones are kept unused.
+    * So as long as no batch falls below ``ap``, student and teacher agree, the gradient of L is
+      zero but for rounding, and nothing is learnt: SGD hardly moves, and Adam, which divides by the
+      size of the gradient, follows the rounding. In the published code dropout, where the network
+      has any, breaks the tie.
     * All floating-point parameters move and are restored; the published code takes those named
       ``weight`` and ``bias``, that is, all of a convolutional network, but of a transformer
       neither tokens nor position embeddings.
@@ -179,7 +184,7 @@ class CoTTA(Adapter):
         before = self._teacher_weights()
         teacher = {
             name: torch.lerp(before[name].to(student), student, 1 - self.mt)
-            for name, student in self._adapted.items()
+            for name, student in ((name, wide(p)) for name, p in self._adapted.items())
         }
         self.memory = {_TEACHER: teacher, _STEP: torch.tensor(self._steps() + 1)}
 
@@ -193,7 +198,7 @@ class CoTTA(Adapter):
 
     @contextmanager
     def _weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Exchange the network's parameters while the block runs; nothing is copied."""
+        """Exchange the network's parameters while the block runs; only half precision is copied."""
         own = {name: parameter.data for name, parameter in self._adapted.items()}
         try:
             for name, parameter in self._adapted.items():
@@ -220,6 +225,14 @@ class CoTTA(Adapter):
         seed = self.seed + _SEED_STRIDE * self._steps()
         return torch.Generator(device).manual_seed(seed)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the teacher along when the module changes device, but keep its precision."""
+        teacher = self.memory.get(_TEACHER)
+        super()._apply(fn, recurse)
+        if teacher is not None:
+            self.memory = {**self.memory, _TEACHER: map_tensors(keep_float32(fn), teacher)}
+        return self
+
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one augmented view of a batch, as the published code for CIFAR does.
@@ -228,16 +241,23 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     -0.06 to 0.06 turns and gamma 0.7 to 1.3, shuffled; half the side of edge padding; rotation by
     up to 15 degrees, shift by up to 1/16 of the padded side, scale 0.9 to 1.1; Gaussian blur with 5
     taps and a deviation of 0.001 to 0.5 px; centre crop; horizontal flip with probability 0.5;
-    Gaussian noise of deviation 0.005.
+    Gaussian noise of deviation 0.005. Computed in float32 at least, also under autocast: in half
+    precision the grid of the rotation is too coarse, and pixels of padded images come out as NaN.
 
     Args:
         images: ``[B, 3, H, W]`` in [0, 1]; other values are clipped.
         generator: On the device of the images.
 
     Returns:
-        A view ``[B, 3, H, W]`` in [0, 1]. All images of the batch share the numbers that were
-        drawn; the noise alone is each pixel's own.
+        A view ``[B, 3, H, W]`` in [0, 1], of the images' dtype. All images of the batch share the
+        numbers that were drawn; the noise alone is each pixel's own.
     """
+    with torch.autocast(images.device.type, enabled=False):
+        return _view(wide(images), generator).to(images.dtype)
+
+
+def _view(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a view of images that are not in half precision."""
     drawn = torch.rand(16, generator=generator, device=generator.device).tolist()
     height, width = images.shape[-2:]
     view = _jitter(images.clamp(0, 1), shuffle=drawn[:5], strength=drawn[5:10])

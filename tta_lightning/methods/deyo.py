@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,15 +14,14 @@ from torch.nn import functional as F
 from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs, StepReport
 from tta_lightning.errors import InputError, unknown_name
-from tta_lightning.functional import entropy, wide
-from tta_lightning.models.norms import norm_layers, upper_norm_layers
+from tta_lightning.functional import RELIABLE, entropy, entropy_margin, wide
+from tta_lightning.models.norms import batch_norm_layers, fix_upper_norms, without_advice
 from tta_lightning.rules import UpdateRule
 from tta_lightning.rules.base import require
 
 Destruction = Literal["patch", "occ", "pixel"]
 
 SURE = 0.5  # the filter's margin as a fraction of ln C, the largest possible entropy
-RELIABLE = 0.4  # E0 likewise
 _DRAWS = "draws"  # name in the memory: how many batches have drawn random numbers
 
 
@@ -130,9 +127,7 @@ class DeYO(Adapter):
         """Let affine normalisation parameters move, but not those in the top of the network."""
         super().configure()
         if self.skip_top:
-            layers = norm_layers(self.network)
-            for name in upper_norm_layers(self.network):
-                layers[name].requires_grad_(False)
+            fix_upper_norms(self.network)
 
     def loss(self, out: Outputs, images: Tensor) -> Tensor | None:
         """Compute the weighted entropy of the kept samples, a scalar.
@@ -140,9 +135,9 @@ class DeYO(Adapter):
         Returns:
             None where no sample is kept.
         """
-        largest = math.log(out.logits.shape[1])
-        margin = SURE * largest if self.deyo_margin is None else self.deyo_margin
-        reference = RELIABLE * largest if self.margin_e0 is None else self.margin_e0
+        classes = out.logits.shape[1]
+        margin = entropy_margin(self.deyo_margin, SURE, classes)
+        reference = entropy_margin(self.margin_e0, RELIABLE, classes)
         entropies = entropy(out.logits)
         out.selected = entropies.detach() < margin
         if not out.selected.any():
@@ -156,11 +151,14 @@ class DeYO(Adapter):
         return (weights * kept).mean()
 
     def learn(self, out: Outputs, images: Tensor) -> StepReport:
-        """Take a step; one that is not finite does not count as a draw either."""
-        before = self.memory
-        report = super().learn(out, images)
-        if not report.finite:
-            self.memory = before
+        """Take a step; one that fails or is not finite does not count as a draw either."""
+        before, counts = self.memory, False
+        try:
+            report = super().learn(out, images)
+            counts = report.finite
+        finally:
+            if not counts:
+                self.memory = before
         return report
 
     def _plpd(self, logits: Tensor, images: Tensor, sure: Tensor) -> Tensor:
@@ -175,12 +173,13 @@ class DeYO(Adapter):
             ``[B]``, between -1 and 1; minus infinity where it was not measured.
         """
         destroyed_images = self._destroy(images[sure])
-        is_alone = len(destroyed_images) == 1 < len(images)
-        with torch.no_grad(), _without_advice() if is_alone else nullcontext():
+        layers = batch_norm_layers(self.network).values()
+        is_alone = len(destroyed_images) == 1 < len(images)  # no fault of the user's batch size
+        with torch.no_grad(), without_advice(layers) if is_alone else nullcontext():
             destroyed = self.outputs(destroyed_images).logits
         label = logits[sure].argmax(dim=1, keepdim=True)
         intact, broken = (
-            _probabilities(each).gather(1, label) for each in (logits[sure], destroyed)
+            wide(each).softmax(dim=1).gather(1, label) for each in (logits[sure], destroyed)
         )
         plpd = intact.new_full((len(logits),), -math.inf)
         plpd[sure] = (intact - broken).squeeze(1)
@@ -277,15 +276,3 @@ def _resize(images: Tensor, height: int, width: int) -> Tensor:
         return images
     resized = F.interpolate(wide(images), (height, width), mode="bilinear", antialias=True)
     return resized.to(images.dtype)  # torch has no such kernel in half precision on the CPU
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Do not ask for larger batches because only one image of a batch was sure."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Batch statistics of a single image")
-        yield
-
-
-def _probabilities(logits: Tensor) -> Tensor:
-    return wide(logits).softmax(dim=1)

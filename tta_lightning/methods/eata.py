@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import torch
@@ -13,11 +12,10 @@ from torch.nn import functional as F
 from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs, StepReport, map_tensors
 from tta_lightning.errors import InputError
-from tta_lightning.functional import entropy, keep_float32, wide
+from tta_lightning.functional import RELIABLE, entropy, entropy_margin, keep_float32, wide
 from tta_lightning.rules import UpdateRule
 from tta_lightning.rules.base import require
 
-RELIABLE = 0.4  # E0 as a fraction of ln C, the largest possible entropy
 _DECAY = 0.9  # of the moving average of predictions
 _AVERAGE = "probabilities"  # its name in the memory: [C]
 
@@ -42,6 +40,7 @@ class EATA(Adapter):
     predictions stand for them. As in the published code it is the mean over batches of the squared
     gradient of the mean cross-entropy of a batch. So it depends on the batch size (about
     1 / B of the squared gradients of single images), and the published beta on 64 images a batch.
+    In a stream the clean batches have the stream's ``batch_size``.
 
     With ``fisher_alpha=0`` this is ETA, which needs no clean images.
 
@@ -50,8 +49,9 @@ class EATA(Adapter):
     * :meth:`reset` forgets the moving average too; the published one keeps it.
     * A batch whose loss or gradient is not finite changes neither the weights nor the average.
     * ``F`` is measured on at most ``fisher_samples`` images of what is given, in its order; the
-      published code draws 2,000 images of ImageNet's validation set. With restricted classes,
-      the predictions on clean images are restricted to them as well.
+      published code draws 2,000 images of ImageNet's validation set. A rest of one image after
+      larger batches is left out: it would weigh as much as a batch, by statistics of its own.
+      With restricted classes, the predictions on clean images are restricted to them as well.
     * Layer, group and instance normalisation are adapted too, dropout is off, and the running
       statistics are kept unused, as in :class:`Tent <tta_lightning.methods.Tent>`.
 
@@ -94,7 +94,9 @@ class EATA(Adapter):
 
         Args:
             clean: Batches of unlabelled images ``[B, 3, H, W]`` in [0, 1], any number; not read at
-                all with ``fisher_alpha=0``, and not further than ``fisher_samples`` images.
+                all with ``fisher_alpha=0``, and not further than ``fisher_samples`` images. F
+                depends on the size of the batches. A rest of one image is left out if it is not the
+                only one.
 
         Raises:
             InputError: There is no image, or a gradient is not finite.
@@ -104,7 +106,7 @@ class EATA(Adapter):
             return
         squares: dict[str, Tensor] = {}
         batches = 0
-        for images in _first(clean, self.fisher_samples):
+        for images in self._readable(_first(clean, self.fisher_samples)):
             for name, grad in self._gradient_of_own_labels(images).items():
                 square = wide(grad).square()
                 squares[name] = squares[name] + square if name in squares else square
@@ -129,9 +131,7 @@ class EATA(Adapter):
                 "images first, set `clean` of the stream, or set fisher_alpha=0 (ETA)."
             )
         entropies = entropy(out.logits)
-        margin = self.e_margin
-        if margin is None:
-            margin = RELIABLE * math.log(out.logits.shape[1])
+        margin = entropy_margin(self.e_margin, RELIABLE, out.logits.shape[1])
         out.selected = (entropies.detach() < margin) & self._is_new(out.logits)
         if not out.selected.any():
             return None
@@ -144,7 +144,7 @@ class EATA(Adapter):
         report = super().learn(out, images)
         if report.updated:
             assert out.selected is not None
-            batch = _probabilities(out.logits)[out.selected].mean(dim=0)
+            batch = wide(out.logits.detach()).softmax(dim=1)[out.selected].mean(dim=0)
             before = self.memory.get(_AVERAGE)
             after = batch if before is None else _DECAY * before + (1 - _DECAY) * batch
             self.memory = {_AVERAGE: after}
@@ -159,6 +159,13 @@ class EATA(Adapter):
         super().set_extra_state(state)
         device = next((p.device for p in self.network.parameters()), None)
         self.fisher = map_tensors(lambda tensor: tensor.to(device), state["fisher"])
+
+    def _readable(self, clean: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the clean images; where there are none, say what does without."""
+        try:
+            yield from clean
+        except InputError as error:
+            raise InputError(f"{error} With fisher_alpha=0 (ETA) EATA does without.") from error
 
     def _gradient_of_own_labels(self, images: Tensor) -> dict[str, Tensor]:
         """Differentiate the mean cross-entropy of a batch against the model's own predictions."""
@@ -185,7 +192,8 @@ class EATA(Adapter):
                 f"{len(average)} classes then and are {logits.shape[1]} now. Call reset() when the "
                 "classes of the stream change."
             )
-        similarity = F.cosine_similarity(average[None], _probabilities(logits), dim=1)
+        probabilities = wide(logits.detach()).softmax(dim=1)
+        similarity = F.cosine_similarity(average[None], probabilities, dim=1)
         return similarity.abs() < self.d_margin
 
     def _penalty(self) -> Tensor | float:
@@ -208,14 +216,16 @@ class EATA(Adapter):
 
 
 def _first(batches: Iterable[Tensor], count: int) -> Iterable[Tensor]:
-    """Yield batches until `count` images are complete, the last one cut; skip empty ones."""
+    """Yield batches until `count` images are complete, the last one cut.
+
+    Empty ones are skipped, and so is a single image after larger batches.
+    """
+    largest = 0
     for images in batches:
-        if len(images):
-            yield images[:count]
+        part = images[:count]
+        if len(part) >= max(1, min(largest, 2)):
+            yield part
+        largest = max(largest, len(part))
         count -= len(images)
         if count <= 0:
             return
-
-
-def _probabilities(logits: Tensor) -> Tensor:
-    return wide(logits.detach()).softmax(dim=1)

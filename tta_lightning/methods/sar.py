@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,12 +12,11 @@ from torch import Tensor, nn
 from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs, StepReport, not_finite
 from tta_lightning.errors import InputError
-from tta_lightning.functional import entropy
-from tta_lightning.models.norms import norm_layers, upper_norm_layers
+from tta_lightning.functional import RELIABLE, entropy, entropy_margin
+from tta_lightning.models.norms import fix_upper_norms
 from tta_lightning.rules import UpdateRule
 from tta_lightning.rules.base import require
 
-RELIABLE = 0.4  # E0 as a fraction of ln C, the largest possible entropy
 COLLAPSED = 0.2  # nats: e0 of the published code
 _DECAY = 0.9  # of the moving average of entropies
 _AVERAGE = "entropy"  # its name in the memory: a scalar in nats
@@ -56,8 +54,8 @@ class SAR(Adapter):
       forgets ``m``; the published code keeps it, and so resets after every batch until ``m`` is
       above the threshold again. ``legacy=True`` does both as published; only a reset from outside
       then forgets ``m``.
-    * Where S1 or S2 is empty nothing moves. The published code steps along a gradient of zero,
-      that is, momentum and weight decay go on.
+    * Where S1 or S2 is empty nothing moves, with ``legacy=True`` neither. The published code steps
+      along a gradient of zero there, that is, momentum and weight decay go on.
     * The last quarter is found by the structure of the network; the published code knows the names
       ``layer4``, ``blocks.9`` to ``blocks.11`` and ``norm``, those of timm's ResNets and ViT-B.
     * A batch whose loss or gradient is not finite changes nothing. Dropout is off and the running
@@ -73,7 +71,8 @@ class SAR(Adapter):
         margin_e0: E0 in nats; None for ``0.4 ln C``.
         rho: Length of the ascent, in the units of the parameters.
         reset_constant: Threshold of ``m`` in nats; 0 for no recovery.
-        legacy: Recover as the published code does.
+        legacy: Recover as the published code does. The other departures stay, that of an empty
+            S1 or S2 among them.
         skip_top: Leave the last quarter of the network fixed.
 
     Raises:
@@ -106,12 +105,8 @@ class SAR(Adapter):
     def configure(self) -> None:
         """Let affine normalisation parameters move, without those of the last quarter."""
         super().configure()
-        if not self.skip_top:
-            return
-        layers = norm_layers(self.network)
-        for name in upper_norm_layers(self.network):
-            for parameter in layers[name].parameters(recurse=False):
-                parameter.requires_grad_(False)
+        if self.skip_top:
+            fix_upper_norms(self.network)
 
     def loss(self, out: Outputs, images: Tensor) -> Tensor | None:
         """Compute the mean entropy of the sure samples in nats.
@@ -125,9 +120,7 @@ class SAR(Adapter):
             A scalar, or None where no sample is left.
         """
         entropies = entropy(out.logits)
-        margin = self.margin_e0
-        if margin is None:
-            margin = RELIABLE * math.log(out.logits.shape[1])
+        margin = entropy_margin(self.margin_e0, RELIABLE, out.logits.shape[1])
         sure = entropies.detach() < margin
         out.selected = sure if out.selected is None else sure & out.selected
         return entropies[out.selected].mean() if out.selected.any() else None
@@ -182,4 +175,4 @@ class SAR(Adapter):
         if self.legacy:
             self.memory = {_AVERAGE: after}
         reason = f"the entropy fell below {self.reset_constant:g}: reset to the source model"
-        return StepReport(loss=report.loss, reason=reason)
+        return StepReport(loss=report.loss, reason=reason, reset=True)

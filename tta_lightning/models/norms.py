@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -67,6 +68,18 @@ def upper_norm_layers(network: nn.Module) -> set[str]:
     return set()
 
 
+def fix_upper_norms(network: nn.Module) -> None:
+    """Let the affine parameters of :func:`upper_norm_layers` no longer move.
+
+    Args:
+        network: Any module.
+    """
+    layers = norm_layers(network)
+    for name in upper_norm_layers(network):
+        for parameter in layers[name].parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+
 def batch_norm_layers(network: nn.Module) -> dict[str, BatchNorm]:
     """Find every batch-normalisation layer, affine or not.
 
@@ -96,9 +109,27 @@ def use_batch_statistics(layers: Iterable[BatchNorm]) -> None:
     for layer in layers:
         layer.train()
         layer.track_running_stats = False
-        hooks = layer._forward_pre_hooks.values()
-        if layer.running_mean is not None and not any(isinstance(h, _Guard) for h in hooks):
+        if layer.running_mean is not None and not _guards(layer):
             layer.register_forward_pre_hook(guard)
+
+
+@contextmanager
+def without_advice(layers: Iterable[BatchNorm]) -> Iterator[None]:
+    """Do not warn of a single image while the block runs; a later one is still warned of.
+
+    For forward passes of a part of a batch, where a larger batch is no remedy.
+
+    Args:
+        layers: Batch-normalisation layers.
+    """
+    before = {guard: guard.warned for layer in layers for guard in _guards(layer)}
+    for guard in before:
+        guard.warned = True
+    try:
+        yield
+    finally:
+        for guard, warned in before.items():
+            guard.warned = warned
 
 
 def use_source_statistics(layers: Iterable[BatchNorm]) -> None:
@@ -162,6 +193,10 @@ def _is_affine_norm(module: nn.Module) -> bool:
     return isinstance(module, _NORMS) or (
         "norm" in type(module).__name__.lower() and weight.dim() == 1
     )
+
+
+def _guards(layer: BatchNorm) -> list[_Guard]:
+    return [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, _Guard)]
 
 
 class _Guard:

@@ -141,7 +141,7 @@ def test_a_head_that_is_not_what_makes_the_logits_is_refused(how, dtype):
 
 def test_rounding_to_bfloat16_is_no_reason_to_refuse_a_head():
     torch.manual_seed(0)
-    head = Head("head", nn.Linear(64, 7))
+    head = Head("head", nn.Linear(64, 7).requires_grad_(False))
     head.module.weight.data.sub_(head.weight.mean(dim=1, keepdim=True))
     features = 10 + torch.rand(6, 64)  # the logits are small differences of large sums
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -203,6 +203,7 @@ def test_options_that_are_not_possible(given, message):
 
 def test_a_first_batch_with_nan_does_not_pass_for_a_check_of_the_head():
     head = random_head()
+    head.module.requires_grad_(False)
     out, term = random_outputs(head), StagTerm(head, options())
     spoilt = out.logits.detach().clone()
     spoilt[0, 0] = torch.nan
@@ -229,3 +230,21 @@ def test_a_term_of_other_classes_is_refused():
         InputError, match=r"for 7 classes, but .* those of 3\. Make .* after restrict"
     ):
         StagTerm(head, options())(out, head)
+
+
+@every_pair
+def test_the_classifier_is_a_constant_also_where_a_method_moves_it(space, kind):
+    head = random_head()
+    head.module.requires_grad_(False)
+    fixed = random_outputs(head)
+    (expected,) = torch.autograd.grad(
+        StagTerm(head, options((space, kind)))(fixed, head), fixed.features
+    )
+    head.module.requires_grad_(True)
+    out = random_outputs(head)
+    logits = head.module(out.features)
+    loss = StagTerm(head, options((space, kind)))(Outputs(logits, out.features), head)
+    moving = list(head.module.parameters())
+    slope, *others = torch.autograd.grad(loss, [out.features, *moving], allow_unused=True)
+    assert others == [None] * len(moving)
+    torch.testing.assert_close(slope, expected, rtol=0, atol=1e-12)

@@ -31,6 +31,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tta_lightning.contract import Outputs
 from tta_lightning.errors import InputError, unknown_name
@@ -181,6 +182,11 @@ class StagTerm:
             return zero
         weight, bias = head.restricted(self.classes)
         features = self._features(out, weight, bias, head.name)
+        if head.trains:  # CoTTA: the classifier is a constant of this loss
+            with torch.autocast(logits.device.type, enabled=False):
+                logits = F.linear(
+                    wide(features), wide(weight), None if bias is None else wide(bias)
+                )
         counted = counted_samples(
             features, logits, out.selected if options.scope == "host" else None
         )

@@ -57,6 +57,11 @@ class Head:
         """The bias ``[C]``, detached, or None."""
         return None if self.module.bias is None else self.module.bias.detach()
 
+    @property
+    def trains(self) -> bool:
+        """Whether a method moves it."""
+        return any(parameter.requires_grad for parameter in self.module.parameters())
+
     def restricted(self, classes: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of some classes.
 

@@ -111,9 +111,9 @@ def main() -> None:
             seconds = time_arms(make_arms(case, device), options.rounds, device)
             console.print(table(f"{title}: limit {TIME_LIMIT}", seconds))
             head = make_tent(case, device, None).head
-            for name, options in READINGS.items():
+            for name, reading in READINGS.items():
                 start = time.perf_counter()
-                StagTerm(head, options)
+                StagTerm(head, reading)
                 took = time.perf_counter() - start
                 console.print(f"anchors {name}, once: {took * 1e3:.0f} ms")
             console.print(memory_table(case, device, options.memory_rounds, options.threads))

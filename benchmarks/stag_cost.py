@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from tta_lightning.contract import Outputs
 from tta_lightning.methods import Tent
 from tta_lightning.methods.stag import StagOptions, StagTerm
 
@@ -56,6 +57,22 @@ def make_arms(case: Case, device: str) -> dict[str, Arm]:
         return lambda: tent.adapt_step(images)
 
     return {ALONE: arm(None), **{name: arm(name) for name in READINGS}}
+
+
+def term_arms(case: Case, device: str) -> dict[str, Arm]:
+    """Make the loss of every reading and its gradient by features and logits."""
+
+    def arm(reading: str) -> Arm:
+        tent = make_tent(case, device, reading)
+        out = tent.outputs(make_images(case, device))
+        assert out.features is not None
+        h, z = (t.detach().requires_grad_() for t in (out.features, out.logits))
+        given = Outputs(z, h)
+        return lambda: torch.autograd.grad(
+            tent.terms[0](given, tent.head), [z, h], allow_unused=True
+        )
+
+    return {name: arm(name) for name in READINGS}
 
 
 def peak_memory(case: Case, reading: str | None, device: str, threads: int) -> tuple[int, int]:
@@ -110,13 +127,19 @@ def main() -> None:
             title = f"{case.name}, batch {case.batch_size}, {case.size} px, {device}"
             seconds = time_arms(make_arms(case, device), options.rounds, device)
             console.print(table(f"{title}: limit {TIME_LIMIT}", seconds))
+            for name in READINGS:
+                low, middle, high = np.percentile(seconds[name] / seconds[ALONE], [25, 50, 75])
+                console.print(f"{name}, step by step: {middle:.3f} ({low:.3f} - {high:.3f}) x")
+            alone = time_arms(term_arms(case, device), options.rounds, device)
+            console.print(table(f"{title}: the term alone, forward and backward", alone))
             head = make_tent(case, device, None).head
             for name, reading in READINGS.items():
                 start = time.perf_counter()
                 StagTerm(head, reading)
                 took = time.perf_counter() - start
                 console.print(f"anchors {name}, once: {took * 1e3:.0f} ms")
-            console.print(memory_table(case, device, options.memory_rounds, options.threads))
+            if options.memory_rounds:
+                console.print(memory_table(case, device, options.memory_rounds, options.threads))
 
 
 if __name__ == "__main__":

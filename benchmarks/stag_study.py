@@ -38,7 +38,7 @@ from tta_lightning.methods.stag import (
 )
 from tta_lightning.models import find_head, load_model
 from tta_lightning.models.classifier import describe
-from tta_lightning.models.heads import Head
+from tta_lightning.models.heads import Head, capture_features
 from tta_lightning.rules import SGD, Adam, UpdateRule
 from tta_lightning.runs import write_atomically
 
@@ -213,6 +213,14 @@ def source_accuracy(
     return run(adapter, batches)
 
 
+def logit_unit(network: nn.Module, batch: Batch) -> float:
+    """Return what the unit `logit` multiplies the loss by, averaged over a batch."""
+    head = find_head(network)
+    with torch.no_grad(), capture_features(head) as captured:
+        rows = head.weight[network(batch.images).argmax(dim=1)]
+    return float((captured.features.norm(dim=1) * rows.norm(dim=1)).mean())
+
+
 def readings(options: argparse.Namespace) -> Iterator[Reading]:
     """Yield the grid that was asked for."""
     for text in options.readings or [f"{space}/{anchors}" for space, anchors in READINGS]:
@@ -258,6 +266,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for regime in options.regimes:
             batches, domains = stream(options, regime, corruptions, seed)
             source = source_accuracy(options, network, batches)
+            print(f"{path} {regime}: ||h|| ||w_y|| = {logit_unit(network, batches[0]):.1f}")
             for host in options.hosts:
                 start = time.perf_counter()
                 alone = run(make(options, network, host, regime, None), batches)

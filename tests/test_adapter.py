@@ -13,6 +13,7 @@ from tta_lightning.contract import Outputs
 from tta_lightning.errors import InputError
 from tta_lightning.methods import EATA, MGTTA, SAR, BNStats, CoTTA, DeYO, Source, Tent
 from tta_lightning.models import weights_hash
+from tta_lightning.models.norms import norm_layers
 from tta_lightning.rules import MGG, SGD, Adam
 
 WIDE = 5.0  # a margin in nats that networks with random weights are within
@@ -433,7 +434,10 @@ def test_the_state_of_another_method_is_refused():
 
 
 def test_the_source_model_moves_along_and_keeps_its_precision():
-    adapter = Tent(make_network("gn"))
+    network = make_network("gn")
+    for layer in norm_layers(network).values():
+        layer.weight.data.add_(1 / 3)  # more digits than bfloat16 has
+    adapter = Tent(network)
     adapter.ready()
     exact = {name: tensor.clone() for name, tensor in adapter._source.items()}
     adapter.bfloat16()

@@ -181,6 +181,7 @@ def test_terms_do_not_hold_off_the_recovery():
     adapter.terms.append(lambda out, head: 10.0 + 0.0 * out.logits.sum())
     adapter.adapt_step(batches_of(1)[0])
     assert "reset to the source" in adapter.report.reason
+    assert adapter.report.reset
     assert adapter.report.loss > 10
     assert adapter.memory == {}
 

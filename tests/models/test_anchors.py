@@ -318,8 +318,18 @@ def test_the_effective_weight_of_a_spectral_normed_head_counts():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_returned_holds_on_to_nothing_else(kind):
-    for tensor in unit_anchors(random_head()[0], kind=kind):
+def test_what_a_chunk_keeps_holds_on_to_nothing_else(kind, monkeypatch):
+    kept, original = [], module._some_anchors
+
+    def spy(*given):
+        kept.extend(found := original(*given))
+        return found
+
+    monkeypatch.setattr(module, "_some_anchors", spy)
+    monkeypatch.setattr(module, "CHUNK", 3)
+    unit_anchors(random_head()[0], kind=kind)
+    assert len(kept) == 3 * 4
+    for tensor in kept:
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 

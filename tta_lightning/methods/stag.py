@@ -205,11 +205,10 @@ class StagTerm:
 
     def _features(self, out: Outputs, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
         """Return the features, after seeing once that the head makes the logits of them."""
-        if not self._checked:
+        fits = out.features is not None and out.logits.shape[1] == len(weight)
+        if not (self._checked and fits):
             check_head(name, out.features, weight, bias, out.logits)
             self._checked = bool(out.logits.isfinite().all())  # NaN says nothing about a head
-        if out.features is None or out.logits.shape[1] != len(weight):
-            check_head(name, out.features, weight, bias, out.logits)
         assert out.features is not None
         return out.features
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from tta_lightning.errors import InputError
+from tta_lightning.functional import HALF
 from tta_lightning.models.classifier import Classifier, describe
 from tta_lightning.models.norms import norm_layers
 
@@ -190,10 +191,10 @@ def check_head(
     if features is not None and not logits.isfinite().all():
         return  # a batch with NaN says nothing about the head
     if features is not None:
-        wide = [None if t is None else t.detach().double() for t in (features, weight, bias)]
-        made = F.linear(*wide)  # type: ignore[arg-type]
+        exact_bias = None if bias is None else bias.detach().double()
+        made = F.linear(features.detach().double(), weight.detach().double(), exact_bias)
         off = float((made - logits.detach().double()).abs().max())
-        half = {features.dtype, weight.dtype, logits.dtype} & {torch.float16, torch.bfloat16}
+        half = any(tensor.dtype in HALF for tensor in (features, weight, logits))
         if off <= (0.05 if half else 5e-3) * (1 + float(made.abs().max())):
             return
         what = f"the network's logits are up to {off:.3g} away from its output"

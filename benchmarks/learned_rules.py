@@ -56,7 +56,7 @@ def images_of(options: argparse.Namespace, split: str) -> ImageSource:
     return Digits(split) if root == "digits" else ImageFolder(root)
 
 
-def stream(options: argparse.Namespace, corruptions: str, seed: int) -> Batches:
+def stream(options: argparse.Namespace, corruptions: str | list[str], seed: int) -> Batches:
     """Make the batches of all corruptions, in memory."""
     data = Stream(
         images_of(options, "test"),

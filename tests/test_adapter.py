@@ -11,8 +11,8 @@ from tests.networks import make_batches, make_network
 from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs
 from tta_lightning.errors import InputError
-from tta_lightning.methods import EATA, MGTTA, SAR, BNStats, CoTTA, DeYO, Source, Tent
-from tta_lightning.models import weights_hash
+from tta_lightning.methods import EATA, MGTTA, MT3, SAR, BNStats, CoTTA, DeYO, Source, Tent
+from tta_lightning.models import BYOLHeads, weights_hash
 from tta_lightning.models.norms import norm_layers
 from tta_lightning.rules import MGG, SGD, Adam
 
@@ -31,6 +31,12 @@ def make_eata(network):
     adapter = EATA(network, SGD(lr=0.01, momentum=0.9), e_margin=WIDE, d_margin=2.0)
     adapter.prepare(make_batches(2, seed=9))
     return adapter
+
+
+def make_mt3(network, **options):
+    """MT3 steps on a loss of BYOL heads."""
+    torch.manual_seed(4)
+    return MT3(BYOLHeads(network, hidden=8, projection=6), copies=2, **options)
 
 
 def make_mgg():
@@ -55,12 +61,15 @@ METHODS = {
     "cotta-plain": lambda network: CoTTA(network, Adam(lr=0.01), ap=0.0),
     "mgtta-mgg": lambda network: make_mgtta(network, make_mgg()),
     "mgtta-sgd": lambda network: make_mgtta(network, SGD(lr=0.01, momentum=0.9)),
+    "mt3-loop": lambda network: make_mt3(network, episodes="loop"),
+    "mt3-vmap": lambda network: make_mt3(network, episodes="vmap", in_flight=8),
 }
+ONLY, NEVER = ("bn",), ("mt3",)  # on batch normalisation; MT3 refuses it
 CASES = [
     pytest.param(make, norm, id=f"{name}-{norm}")
     for name, make in METHODS.items()
     for norm in ("bn", "gn", "ln")
-    if norm == "bn" or not name.startswith("bn")
+    if not name.startswith(NEVER if norm == "bn" else ONLY)
 ]
 
 
@@ -132,7 +141,7 @@ class TestContract:
         images = make_batches(1)[0]
         adapter = make(make_network(norm))
         expected = copy.deepcopy(adapter)(images).detach()
-        if "BNStats" not in type(adapter).__name__:
+        if not isinstance(adapter, BNStats | MT3):
             assert torch.equal(adapter.adapt_step(images), expected)
 
     def test_works_whatever_grad_mode_surrounds_it(self, make, norm):

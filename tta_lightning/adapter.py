@@ -20,6 +20,7 @@ from tta_lightning.contract import (
     keep_counter,
     map_tensors,
     not_finite,
+    restricted,
     unobserved,
 )
 from tta_lightning.describe import constructor_arguments
@@ -167,14 +168,7 @@ class Adapter(AdaptOnly):
             Logits restricted to the classes of the stream, and the features of the head.
         """
         logits, features = self._logits_and_features(images)
-        if self.classes is not None:
-            if int(self.classes.max()) >= logits.shape[1]:
-                raise InputError(
-                    f"The network gives {logits.shape[1]} logits, but is said to know "
-                    f"{int(self.classes.max()) + 1} classes or more. Correct its class names."
-                )
-            logits = logits.index_select(1, self.classes.to(logits.device))
-        return Outputs(logits, features)
+        return Outputs(restricted(logits, self.classes), features)
 
     def learn(self, out: Outputs, images: Tensor) -> StepReport:
         """Minimise :meth:`loss` and the attached terms by one step of the rule.

@@ -18,6 +18,8 @@ from tta_lightning import __version__
 from tta_lightning.adapter import Adapter
 from tta_lightning.errors import InputError
 from tta_lightning.explain import explain, input_error_behind
+from tta_lightning.meta import MT3, SourceTraining
+from tta_lightning.models import describe
 from tta_lightning.report.compare import Run, compare, summarise
 from tta_lightning.runs import run_folder, write_atomically
 from tta_lightning.trainer import Trainer
@@ -95,8 +97,15 @@ class TTACLI(LightningCLI):
         self._refuse_adapter()
 
     def before_fit(self) -> None:
-        """Refuse to fit an adapter before anything runs."""
+        """Refuse an adapter, and a training whose checkpoints nobody could use."""
         self._refuse_adapter()
+        trains = isinstance(self.model, SourceTraining | MT3)
+        if trains and describe(self.model.network).spec is None:
+            raise InputError(
+                "Checkpoints of this training could not be used: the network was made from a "
+                "`class_path` inside another one, which leaves no trace of its arguments. Name the "
+                "inner one as {spec: package.module.Class, argument: value} instead."
+            )
 
     def _refuse_adapter(self) -> None:
         if isinstance(self.model, Adapter):

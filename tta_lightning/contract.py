@@ -46,6 +46,8 @@ class StepReport:
         finite: Whether loss and gradients were; if not, nothing moved.
         reason: Why nothing moved; empty when something did.
         reset: Whether the method itself returned to the source model.
+        failed: Number of images that could not be learnt from, of a method that learns from each
+            by itself.
     """
 
     updated: bool = False
@@ -53,6 +55,7 @@ class StepReport:
     finite: bool = True
     reason: str = ""
     reset: bool = False
+    failed: int = 0
 
 
 def not_finite(loss: Tensor) -> StepReport:
@@ -83,6 +86,29 @@ def checked_logits(logits: Any) -> Tensor:
         f"The network gave {got} where logits [B, C] are expected. Wrap it in a module that "
         "returns the logits alone."
     )
+
+
+def restricted(logits: Tensor, classes: Tensor | None) -> Tensor:
+    """Keep the logits of some classes.
+
+    Args:
+        logits: ``[B, C]``.
+        classes: ``[K]`` int64, positions among the C; None for all.
+
+    Returns:
+        ``[B, K]``.
+
+    Raises:
+        InputError: The network has fewer classes.
+    """
+    if classes is None:
+        return logits
+    if int(classes.max()) >= logits.shape[1]:
+        raise InputError(
+            f"The network gives {logits.shape[1]} logits, but is said to know "
+            f"{int(classes.max()) + 1} classes or more. Correct its class names."
+        )
+    return logits.index_select(1, classes.to(logits.device))
 
 
 def check_method(state: dict[str, Any], name: str) -> None:

@@ -127,7 +127,7 @@ class Trainer(pl.Trainer):
         self._check_fit(model, kwargs.get("ckpt_path"))
         own = [c for c in self.callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is None]
         with self._run_folder(lambda: self.global_step > 0), _quiet():
-            if isinstance(getattr(model, "method", None), Adapter):  # it chooses its own modes
+            if getattr(model, "chooses_modes", False):
                 warnings.filterwarnings("ignore", message=".*in eval mode at the start of.*")
             for callback in own:
                 if self.run_folder is not None:
@@ -169,7 +169,7 @@ class Trainer(pl.Trainer):
         ):
             raise InputError(
                 f"{type(model).__name__} takes its optimizer steps itself: leave gradient_clip_val "
-                "and accumulate_grad_batches of the trainer out (MGGPretraining has `clip`)."
+                "and accumulate_grad_batches of the trainer out (the module has `clip`)."
             )
         is_elsewhere = "://" in str(checkpoint) or str(checkpoint).startswith("registry")
         if checkpoint in (None, *_NAMED_CHECKPOINTS) or is_elsewhere:
@@ -225,6 +225,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
+        # a module that takes its steps itself has nothing to save before them
+        warnings.filterwarnings("ignore", message=".*no pre-optimization state.*")
         # lightning 2.6 gathers with a function that torch 2.15 deprecates
         warnings.filterwarnings("ignore", message=".*all_gather is deprecated.*")
         yield

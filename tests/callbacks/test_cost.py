@@ -1,6 +1,7 @@
 """Counts of forwards and backwards, times and memory."""
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tests.networks import make_network
 from tests.streams import make_stream
 from tta_lightning.callbacks import CostMonitor
 from tta_lightning.contract import unobserved
-from tta_lightning.methods import BNStats, Source, Tent
+from tta_lightning.methods import MT3, BNStats, Source, Tent
+from tta_lightning.models import BYOLHeads, load_model
 from tta_lightning.rules import SGD
 
 
@@ -23,6 +25,18 @@ class TwoBackwards(Tent):
         return logits
 
 
+def with_heads():
+    return BYOLHeads(make_network("gn"), hidden=8, projection=6)
+
+
+class Failing(MT3):
+    """Breaks in the middle of a step."""
+
+    def _one_by_one(self, images, numbers):
+        super()._one_by_one(images, numbers)
+        raise RuntimeError("of the test")
+
+
 @pytest.mark.parametrize(
     ("adapter", "forwards", "backwards"),
     [
@@ -30,6 +44,12 @@ class TwoBackwards(Tent):
         (lambda: BNStats(make_network("bn")), 1, 0),
         (tent, 1, 1),
         (lambda: TwoBackwards(make_network("gn"), SGD(lr=0.1)), 2, 2),
+        # 24 images in 6 batches; the logits of MT3 get no gradient, its predictions do
+        (lambda: MT3(with_heads(), copies=2, episodes="loop"), 2 * 24 / 6, 24 / 6),
+        (lambda: MT3(with_heads(), copies=2, episodes="vmap"), 2, 1),
+        (lambda: MT3(load_model(with_heads(), mean=[0.1] * 3), copies=2, episodes="vmap"), 2, 1),
+        (lambda: Tent(with_heads(), SGD(lr=0.1)), 1, 1),
+        (lambda: Source(with_heads()), 1, 0),
     ],
 )
 def test_counts(adapter, forwards, backwards):
@@ -62,4 +82,14 @@ def test_nothing_stays_on_the_adapter():
     adapter = tent()
     quiet().adapt(adapter, datamodule=make_stream())
     assert not adapter.network._forward_hooks
+    assert adapter.phase is unobserved
+
+
+@pytest.mark.parametrize("method", [MT3, Failing])
+def test_nothing_stays_on_the_heads(method):
+    adapter = method(with_heads(), copies=2, episodes="loop")
+    stops = pytest.raises(RuntimeError, match="of the test") if method is Failing else nullcontext()
+    with stops:
+        quiet().adapt(adapter, datamodule=make_stream())
+    assert not any(module._forward_hooks for module in adapter.network.modules())
     assert adapter.phase is unobserved

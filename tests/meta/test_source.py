@@ -1,18 +1,21 @@
 """Supervised training of the source model."""
 
 import math
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader
 
 from tests.streams import make_source
 from tta_lightning.data import ArraySource, LabelledImages
 from tta_lightning.errors import InputError
 from tta_lightning.meta import SourceTraining
 from tta_lightning.meta.source import cosine_with_warmup
-from tta_lightning.models import describe, load_model
+from tta_lightning.models import ResNet26GN, describe, load_model
 from tta_lightning.trainer import Trainer
 
 NETWORK = {"class_path": "tta_lightning.models.SmallConvNet", "init_args": {"width": 8}}
@@ -81,6 +84,82 @@ def test_schedule():
     assert cosine_with_warmup(25, 100, 0.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
 
 
+class Steps(pl.Callback):
+    """Keeps the learning rate that each step is taken with, and the weights after it."""
+
+    def __init__(self):
+        self.rates, self.weights = [], []
+
+    def on_train_batch_start(self, trainer, *args):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.weights.append(parameters_to_vector(module.network.parameters()).detach())
+        trainer.should_stop = trainer.max_epochs == -1
+
+
+def fixed_batches():
+    """Three batches of eight, in the same order every epoch."""
+    images = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return DataLoader(list(zip(images, torch.arange(24) % 2, strict=True)), batch_size=8)
+
+
+def train(module, **options):
+    steps = Steps()
+    given = {"limit_val_batches": 0, "enable_checkpointing": False, "callbacks": steps}
+    fitting = trainer(Path(), **{**given, **options})
+    fitting.run_dir = False  # writes nothing
+    fitting.fit(module, fixed_batches(), fixed_batches())
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0.0, [1, 1, 1, 1, 1, 1]),
+        ("constant", 0.5, [1 / 4, 2 / 4, 3 / 4, 1, 1, 1]),
+        ("cosine", 0.0, [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]),
+        ("cosine", 0.5, [1 / 4, 2 / 4, 3 / 4, 1, 3 / 4, 1 / 4]),
+    ],
+)
+def test_the_learning_rate_of_each_step(schedule, warmup, expected):
+    module = SourceTraining({**NETWORK, "num_classes": 2}, 0.2, schedule=schedule, warmup=warmup)
+    steps = train(module)
+    assert steps.rates == pytest.approx([0.2 * factor for factor in expected], abs=1e-9)
+
+
+def test_a_constant_learning_rate_needs_no_end():
+    options = {"weight_decay": 0.0, "schedule": "constant", "warmup": 0.0}
+    module = SourceTraining({**NETWORK, "num_classes": 2}, **options)
+    assert train(module, max_epochs=-1).rates == [1e-3]
+    with pytest.raises(InputError, match="depends on when the training ends: set max_epochs"):
+        train(
+            SourceTraining({**NETWORK, "num_classes": 2}, schedule="constant", warmup=0.1),
+            max_epochs=-1,
+        )
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_supervised_baseline_of_mt3_is_plain_sgd(nesterov):
+    """SGD at a constant 0.1 with momentum 0.9, no weight decay, a head without bias."""
+
+    def make():
+        torch.manual_seed(0)
+        return ResNet26GN(num_classes=2, width=4, groups=2, head_bias=False)
+
+    options = {"schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "nesterov": nesterov}
+    steps = train(SourceTraining(make(), 0.1, "sgd", **options))
+    network = make()
+    assert network.head.bias is None
+    reference = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov)
+    for number, (images, labels) in enumerate([*fixed_batches(), *fixed_batches()]):
+        reference.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), labels).backward()
+        reference.step()
+        weights = parameters_to_vector(network.parameters()).detach()
+        torch.testing.assert_close(steps.weights[number], weights, rtol=1e-4, atol=1e-6)
+
+
 def test_label_smoothing_is_torchs():
     logits, labels = torch.randn(5, 10), torch.arange(5)
     module = SourceTraining(NETWORK, label_smoothing=0.2)
@@ -120,6 +199,7 @@ def test_crops_and_flips():
     [
         (lambda: SourceTraining(NETWORK, label_smoothing=1.0), "label_smoothing = 1.0"),
         (lambda: SourceTraining(NETWORK, warmup=-0.1), "warmup = -0.1"),
+        (lambda: SourceTraining(NETWORK, schedule="cosin"), "Did you mean 'cosine'"),
         (lambda: LabelledImages(two_colours(), val_fraction=1.5), "val_fraction = 1.5"),
         (lambda: LabelledImages(two_colours(1)), "none to train on"),
         (lambda: LabelledImages(two_colours(), limit=-5), "limit = -5"),

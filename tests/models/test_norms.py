@@ -18,6 +18,7 @@ from tta_lightning.models.norms import (
     norm_layers,
     upper_norm_layers,
     use_batch_statistics,
+    use_group_norm,
     without_advice,
 )
 
@@ -187,3 +188,63 @@ class TestWithoutAdvice:
         ):
             raise RuntimeError("of the user's")
         assert self.warns(network) == ["Batch statistics of a single image"]
+
+
+class TestUseGroupNorm:
+    @pytest.mark.parametrize(
+        ("channels", "groups"), [(64, 32), (48, 16), (24, 8), (7, 1), (32, 32), (96, 32), (1, 1)]
+    )
+    def test_equals_the_formula(self, channels, groups):
+        torch.manual_seed(0)
+        layer = nn.BatchNorm2d(channels, eps=1e-2)
+        nn.init.uniform_(layer.weight, 0.5, 2)
+        nn.init.uniform_(layer.bias, -1, 1)
+        weight, bias = layer.weight, layer.bias
+        network = nn.Sequential(nn.Identity(), layer)
+        use_group_norm(network)
+        inputs = torch.randn(3, channels, 4, 5)
+        parts = inputs.reshape(3, groups, -1)
+        mean, var = parts.mean(2, keepdim=True), parts.var(2, keepdim=True, correction=0)
+        normal = ((parts - mean) / (var + 1e-2).sqrt()).view_as(inputs)
+        expected = normal * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
+        torch.testing.assert_close(network(inputs), expected)
+        assert (network[1].weight, network[1].bias) == (weight, bias)
+
+    def test_vectors_keep_what_they_say(self):
+        network = nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32))
+        use_group_norm(network)
+        vectors = torch.randn(5, 32)
+        normal = (vectors - vectors.mean(1, keepdim=True)) / vectors.std(
+            1, keepdim=True, correction=0
+        )
+        torch.testing.assert_close(network[1](vectors), normal, rtol=1e-3, atol=1e-3)
+        assert network[1](torch.randn(5, 32, 6)).shape == (5, 32, 6)
+
+    def test_dropout_and_activation_still_follow(self):
+        layer = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU, drop_layer=nn.Dropout)
+        plain = timm.layers.BatchNormAct2d(8, apply_act=False)
+        network = nn.Sequential(layer, plain).eval()
+        drop, act = layer.drop, layer.act
+        use_group_norm(network)
+        group, *followers = network[0]
+        assert isinstance(group, nn.GroupNorm)
+        assert followers == [drop, act]
+        assert isinstance(network[1], nn.GroupNorm)
+        inputs = torch.randn(2, 8, 4, 4)
+        torch.testing.assert_close(network[0](inputs), nn.functional.silu(group(inputs)))
+        assert not any(module.training for module in network[0])
+
+    def test_a_layer_in_two_places_stays_one(self):
+        shared = nn.BatchNorm2d(8)
+        network = nn.Sequential(shared, nn.Sequential(nn.Conv2d(8, 8, 1), shared))
+        use_group_norm(network)
+        assert isinstance(network[0], nn.GroupNorm)
+        assert network[1][1] is network[0]
+
+    def test_without_affine_and_without_batch_norm(self):
+        network = nn.Sequential(nn.BatchNorm2d(8, affine=False), nn.LayerNorm(4))
+        norm = network[1]
+        use_group_norm(network)
+        assert network[0].weight is None
+        assert network[1] is norm
+        assert batch_norm_layers(network) == {}

@@ -135,3 +135,14 @@ def test_images_of_a_batch_do_not_influence_each_other_in_any_mode():
 def test_groups_that_do_not_divide_the_width(width, groups):
     with pytest.raises(InputError, match=f"width {width} with {groups} groups.*dividing"):
         ResNet26GN(width=width, groups=groups)
+
+
+def test_the_head_of_the_supervised_baseline_has_no_bias():
+    network = ResNet26GN(head_bias=False)
+    assert network.head.bias is None
+    assert count(network) == 1_497_770 - 10
+    assert len(list(network.parameters())) == 101
+    assert len(list(ResNet26GN().parameters())) == 102
+    features = torch.zeros(1, 256)
+    assert not network.head(features).any()
+    assert small(head_bias=False)(make_batches(1, 2)[0]).shape == (2, 10)

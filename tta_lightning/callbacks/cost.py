@@ -17,6 +17,7 @@ from tta_lightning.adapter import Adapter
 from tta_lightning.callbacks.base import AdaptCallback
 from tta_lightning.contract import unobserved
 from tta_lightning.data.stream import StreamBatch
+from tta_lightning.models.byol import BYOLHeads
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -24,7 +25,9 @@ _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 class CostMonitor(AdaptCallback):
     """Measure inference and update separately, and count forwards and backwards.
 
-    The two phases are those that the method itself marks. Peak memory is that of the device's
+    A forward is a call of the network, for however many images; a backward is a gradient that
+    reaches the logits of such a call, or the predictions of BYOL heads. The two phases are those
+    that the method itself marks. Peak memory is that of the device's
     allocator on CUDA and the highest resident set of the process on Linux; elsewhere it is None.
     The first batch, which warms caches up, is left out of the seconds a batch where there are more.
     On Linux the process's high-water mark of memory is set back twice a batch, so another monitor
@@ -42,6 +45,9 @@ class CostMonitor(AdaptCallback):
         self._device = adapter.device
         adapter.phase = self._observe
         self._hooks = [adapter.network.register_forward_hook(self._count_forward)]
+        for module in adapter.network.modules():
+            if isinstance(module, BYOLHeads):  # self-supervision differentiates no logits
+                self._hooks.append(module.predictor.register_forward_hook(self._watch))
         self._started = time.perf_counter()
 
     def on_adapt_batch_start(
@@ -107,8 +113,11 @@ class CostMonitor(AdaptCallback):
 
     def _count_forward(self, module: nn.Module, args: Any, logits: Any) -> None:
         self._forwards += 1
-        if isinstance(logits, Tensor) and logits.requires_grad:
-            logits.register_hook(self._count_backward)
+        self._watch(module, args, logits)
+
+    def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(self._count_backward)
 
     def _count_backward(self, grad: Tensor) -> None:
         self._backwards += 1

@@ -37,10 +37,14 @@ class RunRecorder(AdaptCallback):
         """Write the manifest."""
         folder = run_folder(trainer)
         if folder is not None:
-            write_json(folder / "manifest.json", self.manifest(trainer, adapter))
+            self._manifest = self.manifest(trainer, adapter)
+            write_json(folder / "manifest.json", self._manifest)
 
     def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
-        """Write the figures of the run."""
+        """Write the figures of the run, and into the manifest what the method chose meanwhile."""
+        folder, method = run_folder(trainer), adapter.describe()
+        if folder is not None and method != self._manifest["method"]:
+            write_json(folder / "manifest.json", {**self._manifest, "method": method})
         self._write(trainer, stopped=None)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -105,6 +109,7 @@ class RunRecorder(AdaptCallback):
             "batches": loop.completed_batches,
             "nonfinite_batches": loop.nonfinite_batches,
             "recoveries": loop.recoveries,
+            "images_without_step": loop.images_without_step,
             "bad_images": {
                 "count": len(loop.bad_images),
                 "files": [reason for _, reason in loop.bad_images],

@@ -17,6 +17,7 @@ from tta_lightning.data.labelled import LabelledImages
 from tta_lightning.data.plan import Domain, Plan, Segment
 from tta_lightning.data.shifted import ShiftedBatch, ShiftedImages
 from tta_lightning.data.stream import Stream, StreamBatch
+from tta_lightning.data.tasks import LabelledTasks, TaskBatch
 
 __all__ = [
     "CIFAR10C",
@@ -30,12 +31,14 @@ __all__ = [
     "ImageNetVariant",
     "ImageSource",
     "LabelledImages",
+    "LabelledTasks",
     "Plan",
     "Segment",
     "ShiftedBatch",
     "ShiftedImages",
     "Stream",
     "StreamBatch",
+    "TaskBatch",
     "TorchvisionDataset",
     "UnlabelledImages",
 ]

@@ -99,7 +99,7 @@ class LabelledImages(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[LabelledBatch]:
         """Serve augmented training images in a new random order each epoch."""
-        dataset = _Labelled(
+        dataset = LabelledDataset(
             self.train, self._train_indices, self.geometry, self.crop_padding, self.flip
         )
         return self._loader(dataset, shuffle=True)
@@ -123,7 +123,7 @@ class LabelledImages(LightningDataModule):
     def _evaluation(
         self, source: ImageSource, indices: NDArray[np.int64]
     ) -> DataLoader[LabelledBatch]:
-        return self._loader(_Labelled(source, indices, self.geometry, 0, False), shuffle=False)
+        return self._loader(LabelledDataset(source, indices, self.geometry), shuffle=False)
 
     def _loader(self, dataset: Dataset[LabelledBatch], shuffle: bool) -> DataLoader[LabelledBatch]:
         return DataLoader(
@@ -148,14 +148,24 @@ class LabelledImages(LightningDataModule):
                 )
 
 
-class _Labelled(Dataset[LabelledBatch]):
+class LabelledDataset(Dataset[LabelledBatch]):
+    """Some images of a source with their labels, each a `LabelledBatch` without batch dimension.
+
+    Args:
+        source: The images.
+        indices: ``[N]``, which of them, in this order.
+        size: How they are brought to one size.
+        crop_padding: As in :class:`LabelledImages`.
+        flip: As in :class:`LabelledImages`.
+    """
+
     def __init__(
         self,
         source: ImageSource,
         indices: NDArray[np.int64],
         size: Geometry,
-        crop_padding: int,
-        flip: bool,
+        crop_padding: int = 0,
+        flip: bool = False,
     ) -> None:
         self.source, self.indices, self.geometry = source, indices, size
         self.crop_padding, self.flip = crop_padding, flip

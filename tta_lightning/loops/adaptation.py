@@ -43,6 +43,7 @@ class AdaptationLoop(_EvaluationLoop):
         nonfinite_batches: Number of batches that were predicted but whose logits, loss or gradients
             were not finite.
         recoveries: How often the method itself returned to the source model.
+        images_without_step: Number of images that an episodic method could not adapt to.
         segment: The stretch of the stream that is running; None outside.
         served: Number of images that the stream has given, bad ones included.
     """
@@ -55,6 +56,7 @@ class AdaptationLoop(_EvaluationLoop):
         self.bad_images: list[tuple[int, str]] = []
         self.nonfinite_batches = 0
         self.recoveries = 0
+        self.images_without_step = 0
         self.served = 0
 
     @property
@@ -177,6 +179,7 @@ class AdaptationLoop(_EvaluationLoop):
             warnings.warn(f"Left out: {reason}", stacklevel=2)
 
     def _note_what_is_not_finite(self, logits: Tensor, batch_idx: int) -> None:
+        self.images_without_step += self.adapter.report.failed
         if all_finite(logits) and self.adapter.report.finite:
             return
         self.nonfinite_batches += 1

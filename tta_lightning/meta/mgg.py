@@ -83,6 +83,8 @@ class MGGPretraining(LightningModule):
         InputError: An argument is not possible.
     """
 
+    chooses_modes = True  # those of the method
+
     def __init__(
         self,
         method: Adapter,

@@ -84,12 +84,14 @@ def class_path(module: nn.Module) -> str:
 def describe(module: nn.Module) -> ModelInfo:
     """Return what is known about a network.
 
-    For a `Classifier` that is its ``info``. Of any other module only the class is known: it is
-    taken to need no normalisation (mean 0, standard deviation 1), everything else is None.
+    For a module that says so itself (`Classifier`, `BYOLHeads`) that is its ``info``. Of any other
+    only the class is known: it is taken to need no normalisation (mean 0, standard deviation 1),
+    everything else is None.
     """
     module = getattr(module, "_orig_mod", module)  # what torch.compile was given
-    if isinstance(module, Classifier):
-        return module.info
+    info = getattr(module, "info", None)
+    if isinstance(info, ModelInfo):
+        return info
     return ModelInfo(name=class_path(module))
 
 

@@ -130,18 +130,24 @@ def checkpoint_record(
     info = describe(module)
     names = info.class_names if class_names is None else tuple(class_names)
     _check_names(names, info.num_classes)
-    network = None
-    if info.spec is not None:
-        left_out = ("weights", "pretrained", "class_names")
-        network = {key: value for key, value in info.spec.items() if key not in left_out}
-        if "class_path" not in network:
-            network["pretrained"] = False
     return {
         "format": FORMAT,
         "kind": kind,
-        "network": network,
+        "network": None if info.spec is None else _architecture(info.spec),
         "class_names": None if names is None else list(names),
     }
+
+
+def _architecture(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of a spec, and of the backbone inside it, where weights and names come from."""
+    left_out = ("weights", "pretrained", "class_names")
+    network = {key: value for key, value in spec.items() if key not in left_out}
+    if "class_path" not in network:
+        return {**network, "pretrained": False}
+    arguments = network.get("init_args") or {}
+    if isinstance(arguments.get("backbone"), Mapping):
+        arguments = {**arguments, "backbone": _architecture(arguments["backbone"])}
+    return {**network, "init_args": arguments}
 
 
 def _request(
@@ -310,10 +316,12 @@ def _plain_spec(request: _Request, info: ModelInfo, *, pretrained: bool) -> dict
     Returns:
         Plain values only; None when the arguments hold objects that a file cannot carry.
     """
-    if not _is_plain(request.kwargs):
+    if info.spec is None and not _is_plain(request.kwargs):
         return None
     spec: dict[str, Any]
-    if ":" in info.name:
+    if info.spec is not None:  # a module with a backbone inside knows better
+        spec = dict(info.spec)
+    elif ":" in info.name:
         spec = {"spec": info.name, "pretrained": pretrained, "num_classes": info.num_classes}
         spec |= request.kwargs
     else:
@@ -344,7 +352,9 @@ def _from_checkpoint(path: str, request: _Request) -> Classifier:
     record, state = _read_checkpoint(path)
     network = load_model(record["network"])
     assert isinstance(network, Classifier)
-    load_strictly(network, state, path)
+    # what knows its own spec may have been saved without a `Classifier` around it
+    is_bare = state.keys() == network.network.state_dict().keys()
+    load_strictly(network.network if is_bare else network, state, path)
     names = record.get("class_names")
     spec = {**record["network"], "weights": path}
     spec.pop("pretrained", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ _MAP_NORMS = (  # of feature maps, channels first
 )
 _NORMS = (*_MAP_NORMS, nn.LayerNorm, nn.RMSNorm)
 _STAGES = 4
+_GROUPS = 32  # of group normalisation, as in its paper
 
 
 def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
@@ -94,6 +96,24 @@ def batch_norm_layers(network: nn.Module) -> dict[str, BatchNorm]:
     }
 
 
+def use_group_norm(network: nn.Module) -> None:
+    """Put a group normalisation in the place of every batch normalisation.
+
+    Groups: 32 or fewer, of four channels at least; one for ``BatchNorm1d``, whose inputs may be
+    vectors, of which a small group says nothing. Affine parameters are kept; what timm's layers do
+    after the normalisation (dropout, activation) still follows it.
+
+    Args:
+        network: Any module; changed in place.
+    """
+    exchanged: dict[nn.Module, nn.Module] = {}  # a layer may stand in several places
+    for name, layer in list(network.named_modules(remove_duplicate=False)):
+        if isinstance(layer, _BATCH_NORMS):
+            exchanged.setdefault(layer, _in_groups(layer))
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, exchanged[layer])
+
+
 def use_batch_statistics(layers: Iterable[BatchNorm]) -> None:
     """Make layers normalise by the statistics of the batch they are given.
 
@@ -151,6 +171,17 @@ def warn_of_a_single_image() -> None:
         "batch size, or a model with group or layer normalisation.",
         stacklevel=3,
     )
+
+
+def _in_groups(layer: BatchNorm) -> nn.Module:
+    """Make the group normalisation that stands for a batch normalisation."""
+    channels = layer.num_features
+    groups = 1 if isinstance(layer, nn.BatchNorm1d) else math.gcd(_GROUPS, max(1, channels // 4))
+    group = nn.GroupNorm(groups, channels, layer.eps, layer.affine)
+    if layer.affine:
+        group.weight, group.bias = layer.weight, layer.bias
+    followers = [module for module in layer.children() if not isinstance(module, nn.Identity)]
+    return nn.Sequential(group, *followers).train(layer.training) if followers else group
 
 
 def _four_stages(module: nn.Module) -> list[nn.Module]:

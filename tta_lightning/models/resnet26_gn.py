@@ -30,13 +30,20 @@ class ResNet26GN(nn.Module):
         width: Channels w of the first stage.
         groups: Of every GroupNorm; divides ``width``.
         in_channels: Channels of the images.
+        head_bias: Whether the head has a bias. In the paper's code all networks have one but the
+            supervised baseline.
 
     Raises:
         InputError: ``groups`` does not divide ``width``.
     """
 
     def __init__(
-        self, num_classes: int = 10, width: int = 32, groups: int = 16, in_channels: int = 3
+        self,
+        num_classes: int = 10,
+        width: int = 32,
+        groups: int = 16,
+        in_channels: int = 3,
+        head_bias: bool = True,
     ) -> None:
         super().__init__()
         if width < 1 or groups < 1 or width % groups:
@@ -51,8 +58,8 @@ class ResNet26GN(nn.Module):
         )
         self.norm = nn.GroupNorm(groups, 4 * width, eps=1e-3)
         self.hidden = nn.Linear(4 * width, HIDDEN, bias=False)
-        self.head = nn.Linear(HIDDEN, num_classes)
-        self.apply(_initialise)
+        self.head = nn.Linear(HIDDEN, num_classes, bias=head_bias)
+        self.apply(initialise)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits ``[B, C]`` of images ``[B, in_channels, H, W]``."""
@@ -85,8 +92,8 @@ class _Unit(nn.Module):
         return shortcut + residual
 
 
-def _initialise(module: nn.Module) -> None:
-    """Glorot-uniform weights and zero biases, TensorFlow's defaults."""
+def initialise(module: nn.Module) -> None:
+    """Set a layer to Glorot-uniform weights and zero biases, TensorFlow's defaults."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -24,7 +24,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from tta_lightning.errors import InputError, unknown_name
-from tta_lightning.models.classifier import ModelInfo
+from tta_lightning.models.classifier import ModelInfo, describe
 from tta_lightning.models.downloads import cached_hub_file, cached_torch_file, downloading
 from tta_lightning.models.heads import find_head
 from tta_lightning.models.weights import load_strictly, read_weights
@@ -318,9 +318,9 @@ def build_class(
             f"num_classes is {num_classes}, but the network {path} has {outputs} logits. Make the "
             "two agree, or leave num_classes out."
         )
-    return network, ModelInfo(
-        name=path, num_classes=outputs if num_classes is None else num_classes
-    )
+    known = describe(network)  # of a backbone inside it, perhaps
+    num_classes = outputs if num_classes is None else num_classes
+    return network, replace(known, name=path, num_classes=num_classes)
 
 
 def _module_class(path: str) -> type[nn.Module]:

@@ -1,0 +1,133 @@
+"""What meta-training for a self-supervised step is worth: the table of the MT3 paper, at any size.
+
+Baseline, JT and MT are predictions of a network as it is: trained with labels alone, jointly with
+the self-supervised loss, and by MT3. TTT is the step on the network of JT, MT3 the step on that of
+MT. Nothing is tuned. Each repetition is one network of each kind, with its own noise and views.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from learned_rules import run, stream
+from rich.console import Console
+from rich.table import Table
+
+from tta_lightning.adapter import Adapter
+from tta_lightning.data.stream import CLEAN, CORRUPTION_SETS
+from tta_lightning.methods import MT3, Source
+from tta_lightning.runs import write_atomically
+
+Arms = dict[str, Callable[[], Adapter]]
+GAINS = (("MT3", "MT"), ("MT3", "JT"), ("TTT", "JT"), ("MT", "JT"))
+
+
+def make_arms(options: argparse.Namespace, repetition: int) -> Arms:
+    """Say how to make the methods of a repetition."""
+    joint, meta = options.joint[repetition], options.meta[repetition]
+    flips = not options.no_flips
+
+    def episodic(network: str, lr: float) -> Adapter:
+        return MT3(network, lr=lr, copies=options.copies, flips=flips, seed=repetition)
+
+    arms: Arms = {
+        "JT": lambda: Source(joint),
+        "TTT": lambda: episodic(joint, options.ttt_lr),
+        "MT": lambda: Source(meta),
+        "MT3": lambda: episodic(meta, options.lr),
+    }
+    if options.baseline:
+        arms = {"Baseline": lambda: Source(options.baseline[repetition]), **arms}
+    return arms
+
+
+def measure(
+    options: argparse.Namespace, out: Path, console: Console
+) -> dict[str, dict[str, float]]:
+    """Run every arm on every repetition; what the file holds already is not run again.
+
+    Returns:
+        Accuracy in % by corruption, by ``arm/repetition``.
+    """
+    found: dict[str, dict[str, float]] = json.loads(out.read_text()) if out.exists() else {}
+    for repetition in range(len(options.meta)):
+        batches = None
+        for name, make in make_arms(options, repetition).items():
+            cell = f"{name}/{repetition}"
+            if cell in found:
+                continue
+            if batches is None:
+                batches = stream(options, [CLEAN, *CORRUPTION_SETS["common"]], repetition)
+            start = time.perf_counter()
+            found[cell], _ = run(make(), batches)
+            write_atomically(out, json.dumps(found, indent=1))
+            console.print(
+                f"{cell}: {average(found[cell]):.2f}, {time.perf_counter() - start:.0f} s"
+            )
+    return found
+
+
+def average(accuracies: dict[str, float]) -> float:
+    """Average over the corruptions."""
+    return float(np.mean([value for name, value in accuracies.items() if name != CLEAN]))
+
+
+def show(found: dict[str, dict[str, float]], console: Console) -> None:
+    """Print the table of the paper, and the gains with their signs."""
+    arms = list(dict.fromkeys(cell.split("/")[0] for cell in found))
+    cells = {arm: [found[cell] for cell in found if cell.split("/")[0] == arm] for arm in arms}
+    names = [name for name in next(iter(found.values())) if name != CLEAN]
+    table = Table("corruption", *arms, title="accuracy in %, mean ± s.d. (population)")
+    for name in [*names, CLEAN]:
+        table.add_row(name, *(_spread([each[name] for each in cells[arm]]) for arm in arms))
+    table.add_row("mean", *(_spread([average(each) for each in cells[arm]]) for arm in arms))
+    console.print(table)
+    for better, worse in GAINS:
+        pairs = list(zip(cells[better], cells[worse], strict=True))
+        gains = [average(first) - average(second) for first, second in pairs]
+        each = {n: float(np.mean([first[n] - second[n] for first, second in pairs])) for n in names}
+        low, high = min(each, key=each.__getitem__), max(each, key=each.__getitem__)
+        console.print(
+            f"{better} - {worse}: {_spread(gains)}; up on {sum(g > 0 for g in each.values())} of "
+            f"{len(names)} corruptions, {each[low]:+.2f} ({low}) to {each[high]:+.2f} ({high})"
+        )
+
+
+def _spread(values: list[float]) -> str:
+    return f"{np.mean(values):.2f} ± {np.std(values):.2f}"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--meta", nargs="+", required=True, help="checkpoints of MT3, one each")
+    parser.add_argument("--joint", nargs="+", required=True, help="checkpoints of JointTraining")
+    parser.add_argument("--baseline", nargs="+", help="checkpoints of SourceTraining")
+    parser.add_argument("--test", default="digits", help="folder of class folders, or digits")
+    parser.add_argument("--table", default="imagenet", choices=("imagenet", "cifar"))
+    parser.add_argument("--severity", type=int, default=5)
+    parser.add_argument("--limit", type=int, default=200, help="images a corruption")
+    parser.add_argument("--batch-size", type=int, default=50, help="changes nothing but the speed")
+    parser.add_argument("--copies", type=int, default=32, help="views a and b of an image, each")
+    parser.add_argument("--lr", type=float, default=0.1, help="of the step of MT3")
+    parser.add_argument("--ttt-lr", type=float, default=0.01, help="of the step of TTT")
+    parser.add_argument("--no-flips", action="store_true", help="of networks trained without")
+    parser.add_argument("--out", type=Path, default=Path("mt3_study.json"))
+    options = parser.parse_args()
+    for name in ("joint", "baseline"):
+        given = getattr(options, name)
+        if given is not None and len(given) != len(options.meta):
+            parser.error(f"--{name}: {len(given)} checkpoints for {len(options.meta)} repetitions")
+    console = Console(width=140)
+    show(measure(options, options.out, console), console)
+
+
+if __name__ == "__main__":
+    main()

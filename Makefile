@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs/demo
 ADAPTED := gn-source gn-tent gn-mgtta bn-source bn-bnstats bn-tent
+EPISODIC := mt3-source mt3-mt3
 
 .PHONY: help setup demo test lint format bench clean
 
@@ -19,12 +20,15 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: setup  ## Train two small models and a rule on digits, adapt through 15 corruptions, print the table
+demo: setup  ## Train small models and a rule on digits, adapt through 15 corruptions, print the tables
 	@test ! -e $(RUNS) || { echo "$(RUNS) exists and is never overwritten: make demo RUNS=another/folder"; exit 2; }
 	$(BIN)/tta fit -c configs/fit/digits_gn.yaml --trainer.run_dir $(RUNS)/gn
 	$(BIN)/tta fit -c configs/fit/digits_bn.yaml --trainer.run_dir $(RUNS)/bn
 	$(BIN)/tta fit -c configs/fit/mgg.yaml --model.method.network $(RUNS)/gn/checkpoints/best.ckpt --trainer.run_dir $(RUNS)/mgg
-	$(MAKE) --no-print-directory $(addprefix $(RUNS)/,$(ADAPTED))
+	$(BIN)/tta fit -c configs/fit/jt_digits.yaml --trainer.run_dir $(RUNS)/jt
+	$(BIN)/tta fit -c configs/fit/mt3_digits.yaml --model.network $(RUNS)/jt/checkpoints/last.ckpt --trainer.run_dir $(RUNS)/mt3
+	$(MAKE) --no-print-directory $(addprefix $(RUNS)/,$(ADAPTED) $(EPISODIC))
+	$(BIN)/tta compare $(addprefix $(RUNS)/,$(EPISODIC)) -o $(RUNS)/episodic
 	$(BIN)/tta compare $(addprefix $(RUNS)/,$(ADAPTED)) -o $(RUNS)
 
 # one run: the model before the dash, the configuration of the method after it
@@ -35,6 +39,11 @@ $(RUNS)/gn-%:
 $(RUNS)/bn-%:
 	$(BIN)/tta adapt -c configs/adapt/$*.yaml -c configs/stream/digits.yaml \
 	  --model.network $(RUNS)/bn/checkpoints/best.ckpt --trainer.run_dir $@
+
+# MT3 takes a twentieth of a second an image, so it gets fewer of them
+$(RUNS)/mt3-%:
+	$(BIN)/tta adapt -c configs/adapt/$*.yaml -c configs/stream/digits.yaml --data.limit 100 \
+	  --model.network $(RUNS)/mt3/checkpoints/last.ckpt --trainer.run_dir $@
 
 test: setup  ## Run the tests
 	$(BIN)/pytest
@@ -54,6 +63,7 @@ bench: setup  ## Time adapt against a bare loop, its memory on a long stream, an
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/learned_rule_cost.py
 	$(BIN)/python benchmarks/stag_cost.py
+	$(BIN)/python benchmarks/mt3_cost.py
 
 clean:  ## Remove .venv and caches; runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

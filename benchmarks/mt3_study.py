@@ -20,6 +20,7 @@ from rich.table import Table
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.data.stream import CLEAN, CORRUPTION_SETS
+from tta_lightning.errors import InputError
 from tta_lightning.methods import MT3, Source
 from tta_lightning.runs import write_atomically
 
@@ -54,7 +55,11 @@ def measure(
     Returns:
         Accuracy in % by corruption, by ``arm/repetition``.
     """
-    found: dict[str, dict[str, float]] = json.loads(out.read_text()) if out.exists() else {}
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "batch_size")}
+    kept = json.loads(out.read_text()) if out.exists() else {"settings": settings, "accuracy": {}}
+    if kept["settings"] != settings:
+        raise InputError(f"{out} holds figures of other settings: {kept['settings']}.")
+    found: dict[str, dict[str, float]] = kept["accuracy"]
     for repetition in range(len(options.meta)):
         batches = None
         for name, make in make_arms(options, repetition).items():
@@ -65,7 +70,7 @@ def measure(
                 batches = stream(options, [CLEAN, *CORRUPTION_SETS["common"]], repetition)
             start = time.perf_counter()
             found[cell], _ = run(make(), batches)
-            write_atomically(out, json.dumps(found, indent=1))
+            write_atomically(out, json.dumps(kept, indent=1))
             console.print(
                 f"{cell}: {average(found[cell]):.2f}, {time.perf_counter() - start:.0f} s"
             )

@@ -18,6 +18,7 @@ from tta_lightning.inner_loop import (
     embed,
     inner_adapt,
     losses_at,
+    meta_gradients,
     meta_loss,
     ssl_loss,
     symmetric_loss,
@@ -78,7 +79,7 @@ def gradients_of(loss, theta):
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in pairs}
 
 
-def meta_gradients(embedder, tasks, loop=LOOP, gamma=GAMMA):
+def looped_gradients(embedder, tasks, loop=LOOP, gamma=GAMMA):
     theta, each = theta_of(embedder), unstack(tasks)
     total = sum(task_loss(embedder, theta, task, loop, gamma).total for task in each)
     return gradients_of(total / len(each), theta)
@@ -167,10 +168,10 @@ def test_a_meta_gradient_equals_the_equations_with_four_passes(engine, steps, cl
     theta = theta_of(embedder)
     by_hand = sum(task_by_hand(theta, t, clip=clip, steps=steps) for t in unstack(tasks)) / TASKS
     expected = gradients_of(by_hand, theta)
-    ours = meta_gradients(embedder, tasks, InnerLoop(steps, ALPHA, clip, engine=engine))
+    ours = looped_gradients(embedder, tasks, InnerLoop(steps, ALPHA, clip, engine=engine))
     assert_same(ours, expected, 1e-12)
     assert max(g.abs().max() for g in expected.values()) > 0.01
-    unclipped = meta_gradients(embedder, tasks, InnerLoop(steps, ALPHA, None))
+    unclipped = looped_gradients(embedder, tasks, InnerLoop(steps, ALPHA, None))
     assert (distance(ours, unclipped) < 1e-12) == (clip == 10.0)
 
 
@@ -184,7 +185,7 @@ def test_a_whole_meta_step_equals_the_equations():
         expected[name] = theta[name] - beta * g * min(1.0, clip / g.norm())
     assert 0 < clipped < len(expected)
     optimizer = torch.optim.SGD(embedder.parameters(), beta)
-    for name, gradient in meta_gradients(embedder, tasks).items():
+    for name, gradient in looped_gradients(embedder, tasks).items():
         theta[name].grad = clip_by_norm(gradient, clip)
     optimizer.step()
     assert_same(theta_of(embedder), expected, 1e-12)
@@ -234,7 +235,7 @@ def test_t1_without_a_learning_rate_it_is_joint_training(engine):
     for task in unstack(tasks):
         ce = F.cross_entropy(forward(theta, task.images)[0], task.labels)
         joint = joint + (ce + GAMMA * ssl_by_hand(theta, task.views)) / TASKS
-    ours = meta_gradients(embedder, tasks, InnerLoop(lr=0.0, engine=engine))
+    ours = looped_gradients(embedder, tasks, InnerLoop(lr=0.0, engine=engine))
     assert_same(ours, gradients_of(joint, theta))
 
 
@@ -242,7 +243,7 @@ def test_t2_without_steps_and_ssl_it_is_plain_supervision():
     embedder, tasks = make_embedder(), make_tasks()
     theta = theta_of(embedder)
     plain = F.cross_entropy(forward(theta, tasks.images.flatten(0, 1))[0], tasks.labels.flatten())
-    ours = meta_gradients(embedder, tasks, InnerLoop(steps=0), gamma=0.0)
+    ours = looped_gradients(embedder, tasks, InnerLoop(steps=0), gamma=0.0)
     assert_same(ours, gradients_of(plain, theta))
 
 
@@ -250,7 +251,7 @@ def test_t3_finite_differences_agree_where_the_targets_are_frozen_and_only_there
     embedder, tasks = make_embedder(), make_tasks(count=1)
     theta, (task,) = theta_of(embedder), unstack(tasks)
     gamma, alpha, eps = 1.0, 0.5, 1e-5
-    gradient = meta_gradients(embedder, tasks, InnerLoop(lr=alpha), gamma)
+    gradient = looped_gradients(embedder, tasks, InnerLoop(lr=alpha), gamma)
     t0 = [forward(theta, view)[1].detach() for view in task.views]
     phi = step_by_hand(theta, task.views, alpha)
     t1 = [forward(phi, view)[1].detach() for view in task.views]
@@ -279,7 +280,7 @@ def test_t4_first_order_differs_by_what_is_linear_in_alpha():
     gaps = []
     for alpha in (0.0, 1e-3, 2e-3, 4e-3):
         second, first = (
-            meta_gradients(embedder, tasks, InnerLoop(lr=alpha, first_order=is_first))
+            looped_gradients(embedder, tasks, InnerLoop(lr=alpha, first_order=is_first))
             for is_first in (False, True)
         )
         gaps.append(torch.cat([(second[n] - first[n]).flatten() for n in second]).norm().item())
@@ -298,7 +299,7 @@ def test_t4_first_order_is_the_gradient_at_phi(engine):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in phi.items()}
         there = gradients_of(losses_at(embedder, leaves, task, GAMMA).total / TASKS, leaves)
         sums = there if sums is None else {n: sums[n] + g for n, g in there.items()}
-    ours = meta_gradients(embedder, tasks, replace(LOOP, first_order=True, engine=engine))
+    ours = looped_gradients(embedder, tasks, replace(LOOP, first_order=True, engine=engine))
     assert_same(ours, sums)
 
 
@@ -332,11 +333,10 @@ def test_t6_vmap_equals_a_loop_and_falls_back_nowhere(steps, target, first_order
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            losses = meta_loss(embedder, theta, tasks, loop, GAMMA)
-            ours = gradients_of(losses.total, theta)
+            ours, losses = meta_gradients(embedder, theta, {}, tasks, loop, GAMMA)
     finally:
         torch._C._debug_only_display_vmap_fallback_warnings(False)
-    expected = meta_gradients(embedder, tasks, replace(loop, engine="autograd"))
+    expected = looped_gradients(embedder, tasks, replace(loop, engine="autograd"))
     assert_same(ours, expected)
     each = [task_loss(embedder, theta, task, loop, GAMMA) for task in unstack(tasks)]
     for mean, one in zip(losses, average(each), strict=True):
@@ -348,7 +348,7 @@ def test_t6_vmap_equals_a_loop_and_falls_back_nowhere(steps, target, first_order
 def test_t7_func_equals_autograd(steps, smooth):
     embedder, tasks = make_embedder(smooth), make_tasks()
     ours, expected = (
-        meta_gradients(embedder, tasks, InnerLoop(steps, ALPHA, 0.1, engine=engine))
+        looped_gradients(embedder, tasks, InnerLoop(steps, ALPHA, 0.1, engine=engine))
         for engine in ("func", "autograd")
     )
     assert_same(ours, expected)
@@ -550,8 +550,8 @@ def test_t15_tasks_are_averaged_whatever_their_order(backend):
 
     def gradients(tasks):
         if backend == "loop":
-            return meta_gradients(embedder, tasks)
-        return gradients_of(meta_loss(embedder, theta, tasks, FUNC, GAMMA).total, theta)
+            return looped_gradients(embedder, tasks)
+        return meta_gradients(embedder, theta, {}, tasks, FUNC, GAMMA)[0]
 
     together = gradients(tasks)
     alone = [gradients(Task(*(part[i : i + 1] for part in tasks))) for i in range(TASKS)]

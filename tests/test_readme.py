@@ -14,12 +14,13 @@ from tta_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-STAG = (ROOT / "docs" / "stag.md").read_text()
+PAGES = ("docs/stag.md", "docs/mt3.md")
 SMALLER = {
     "fit": ["--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--data.limit=100"],
     "adapt": ["--data.limit=6"],
     "compare": [],
 }
+SMALL_TASKS = ["--data.tasks=1", "--data.images_per_task=4"]
 SMALL_PRETRAINING = ["--data.images=40", "--data.batch_size=10", "--data.val_images=40"]
 OFFLINE = "{spec: timm:resnet10t, pretrained: false, num_classes: 1000}"
 
@@ -30,7 +31,9 @@ def blocks(language, page=README):
 
 def commands():
     """Every tta command of the pages: in blocks, and in line where it says what to type."""
-    shown = blocks("bash") + blocks("bash", STAG)
+    shown = blocks("bash")
+    for page in PAGES:
+        shown += blocks("bash", (ROOT / page).read_text())
     lines = [line for block in shown for line in block.splitlines() if line]
     inline = re.findall(r"`(tta \w+ -c [^`]+)`", README)
     return [shlex.split(line) for line in lines + inline]
@@ -66,6 +69,10 @@ def test_commands(workplace, capsys):
         smaller = SMALLER[verb]
         if "configs/fit/mgg.yaml" in given:
             smaller = [*smaller[:2], *SMALL_PRETRAINING]
+        if "configs/fit/mt3_digits.yaml" in given:
+            smaller = [*smaller, *SMALL_TASKS]
+        if "configs/adapt/mt3.yaml" in given:
+            smaller = [*smaller, "--model.copies=2"]
         code = main([verb, *given, *smaller, *size])
         assert code == 0, (given, capsys.readouterr().err)
     assert (workplace / "runs" / "curves.png").stat().st_size > 0
@@ -121,9 +128,7 @@ def test_every_named_class_exists():
     assert methods == set(tta_lightning.methods.__all__)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "benchmarks/README.md", "docs/stag.md", "CONTRIBUTING.md"]
-)
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "CONTRIBUTING.md", *PAGES])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):

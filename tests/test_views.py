@@ -500,9 +500,13 @@ def test_the_crop_that_was_asked_for():
 @pytest.mark.parametrize(
     ("crop", "shape", "message"),
     [
-        ((0, 5), (32, 32), r"crop = \[0, 5\] is out of range"),
-        ((-3, 5), (32, 32), r"crop = \[-3, 5\] is out of range"),
-        ((31, 20), (32, 32), r"crop = \[31, 20\] is out of range"),
+        ((0, 5), (32, 32), r"crop = \(0, 5\) is out of range"),
+        ((-3, 5), (32, 32), r"crop = \(-3, 5\) is out of range"),
+        ((31, 20), (32, 32), r"crop = \(31, 20\) is out of range"),
+        ((20,), (32, 32), r"crop = \(20,\) is out of range"),
+        ((20, 31, 32), (32, 32), r"crop = \(20, 31, 32\) is out of range"),
+        ((20.5, 31), (32, 32), r"crop = \(20.5, 31\) is out of range"),
+        (20, (32, 32), "crop = 20 is out of range"),
         ((20, 31), (28, 40), "crops of 20 to 31 px, but the images have 28 x 40 px"),
         ((20, 31), (40, 30), "crops of 20 to 31 px, but the images have 40 x 30 px"),
         (None, (1, 8), "the images have 1 x 8 px"),
@@ -511,3 +515,9 @@ def test_the_crop_that_was_asked_for():
 def test_crops_that_are_not_possible(crop, shape, message):
     with pytest.raises(InputError, match=message):
         ssl_views(torch.zeros(2, 3, *shape), generator(0), ViewOptions(crop))
+
+
+def test_a_shorter_key_is_another_one():
+    """numpy takes the zeros at the end of a seed for nothing."""
+    drawn = {float(torch.rand((), generator=generator(*key))) for key in ((0, 5), (0, 5, 0), (0,))}
+    assert len(drawn) == 3

@@ -17,10 +17,9 @@ out of the steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tta_lightning.functional import wide
+from tta_lightning.models.attention import differentiable_attention
 from tta_lightning.models.byol import Embedder, Embedding
 
 Parameters = Mapping[str, Tensor]
@@ -122,7 +122,7 @@ def embed(embedder: Embedder, parameters: Parameters, images: Tensor) -> Embeddi
     Returns:
         What its heads give.
     """
-    with _differentiable_attention():
+    with differentiable_attention():
         out: Embedding = torch.func.functional_call(embedder, dict(parameters), (images,))
     return out
 
@@ -255,25 +255,56 @@ def losses_at(
 def meta_loss(
     embedder: Embedder, parameters: Parameters, tasks: Task, loop: InnerLoop, ssl_weight: float
 ) -> TaskLosses:
-    """Average :func:`task_loss` over tasks, all at once by ``vmap``.
+    """Average :func:`task_loss` over tasks, one after the other, with the graphs of all of them.
 
     Args:
         embedder: The network.
         parameters: theta.
         tasks: M tasks, each field with one more dimension in front.
-        loop: Its engine must be ``func``.
+        loop: How a task moves the parameters.
         ssl_weight: gamma.
 
     Returns:
         Means over the tasks, with their graph.
     """
+    losses = [task_loss(embedder, parameters, task, loop, ssl_weight) for task in unstack(tasks)]
+    return TaskLosses(*(torch.stack(parts).mean() for parts in zip(*losses, strict=True)))
 
-    def one(task: Task) -> TaskLosses:
-        return task_loss(embedder, parameters, task, loop, ssl_weight)
 
+def meta_gradients(
+    embedder: Embedder,
+    trained: Parameters,
+    fixed: Parameters,
+    tasks: Task,
+    loop: InnerLoop,
+    ssl_weight: float,
+) -> tuple[dict[str, Tensor], TaskLosses]:
+    """Differentiate :func:`meta_loss`, all tasks at once by ``vmap``.
+
+    The tasks are differentiated inside ``vmap``, and averaged outside. The other way round, the
+    second derivatives of torch's layer normalisation are wrong (seen in torch 2.6 and 2.15).
+
+    Args:
+        embedder: The network.
+        trained: The parameters to differentiate by.
+        fixed: The others.
+        tasks: M tasks.
+        loop: Its engine must be ``func``.
+        ssl_weight: gamma.
+
+    Returns:
+        Gradients by name, and means of the losses over the tasks; detached.
+    """
+
+    def one(trained: dict[str, Tensor], task: Task) -> tuple[Tensor, TaskLosses]:
+        losses = task_loss(embedder, {**fixed, **trained}, task, loop, ssl_weight)
+        return losses.total, TaskLosses(*(part.detach() for part in losses))
+
+    each = torch.func.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0))
     with sdpa_kernel(SDPBackend.MATH):  # fused kernels of attention would run task by task
-        losses = torch.func.vmap(one)(tasks)
-    return TaskLosses(*(loss.mean() for loss in losses))
+        grads, losses = each({name: value.detach() for name, value in trained.items()}, tasks)
+    means = TaskLosses(*(part.mean() for part in losses))
+    return {name: grad.mean(dim=0) for name, grad in grads.items()}, means
 
 
 def _gradients(
@@ -309,22 +340,6 @@ def _gradients(
         loss, list(moving.values()), create_graph=not loop.first_order, allow_unused=True
     )
     return {n: g for n, g in zip(moving, found, strict=True) if g is not None}, *known
-
-
-@contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Keep ``nn.MultiheadAttention`` from its fast path, which has no derivative.
-
-    In evaluation mode it takes that path where no tensor seems to require gradients, and inside
-    ``torch.func`` none does.
-    """
-    mha: Any = torch.backends.mha
-    was_enabled = mha.get_fastpath_enabled()
-    mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        mha.set_fastpath_enabled(was_enabled)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -141,12 +141,14 @@ class Trainer(pl.Trainer):
     def test(self, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Measure a trained model on labelled test images."""
         _suit(kwargs.get("datamodule") or next(iter(args), None), model)
-        return super().test(model, *args, **kwargs)
+        with _quiet():
+            return super().test(model, *args, **kwargs)
 
     def validate(self, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Measure a trained model on labelled validation images."""
         _suit(kwargs.get("datamodule") or next(iter(args), None), model)
-        return super().validate(model, *args, **kwargs)
+        with _quiet():
+            return super().validate(model, *args, **kwargs)
 
     @contextmanager
     def _run_folder(self, has_results: Callable[[], bool]) -> Iterator[None]:
@@ -225,6 +227,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
+        # of the checkpoints of a training that is over
+        warnings.filterwarnings("ignore", message=".*The dirpath has changed from.*")
         # a module that takes its steps itself has nothing to save before them
         warnings.filterwarnings("ignore", message=".*no pre-optimization state.*")
         # lightning 2.6 gathers with a function that torch 2.15 deprecates

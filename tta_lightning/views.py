@@ -35,10 +35,25 @@ class ViewOptions:
             one pixel less than it: the published 20 to 31 px for images of 32 px.
         flips: Turn half of the views, and half of the tasks, upside down, and half of the tasks
             left to right, as published. Not for digits and letters.
+
+    Raises:
+        InputError: ``crop`` is not two whole numbers from 1 on, the smaller one first.
     """
 
     crop: tuple[int, int] | None = None
     flips: bool = True
+
+    def __post_init__(self) -> None:
+        if self.crop is None:
+            return
+        sides = self.crop if isinstance(self.crop, list | tuple) else (self.crop,)
+        is_pair = len(sides) == 2 and all(isinstance(side, int) for side in sides)
+        if not is_pair or not 1 <= sides[0] <= sides[1]:
+            raise InputError(
+                f"crop = {self.crop} is out of range: expected the smallest and the largest side "
+                "of a square in px, such as [20, 31]."
+            )
+        object.__setattr__(self, "crop", (sides[0], sides[1]))
 
     def sides(self, images: Tensor) -> tuple[int, int]:
         """Return the smallest and the largest side of a crop of images ``[..., H, W]``, in px.
@@ -48,11 +63,6 @@ class ViewOptions:
         """
         side = min(images.shape[-2:])
         low, high = (5 * side // 8, side - 1) if self.crop is None else self.crop
-        if self.crop is not None and not 1 <= low <= high:
-            raise InputError(
-                f"crop = {list(self.crop)} is out of range: expected the smallest and the largest "
-                "side of a square in px, such as [20, 31]."
-            )
         if not 1 <= low <= high <= side:
             raise InputError(
                 f"The views are crops of {low} to {high} px, but the images have "
@@ -64,7 +74,8 @@ class ViewOptions:
 
 def generator(*numbers: int) -> torch.Generator:
     """Make a generator on the CPU from any numbers from 0 on, such as a seed and an index."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    # the length too: SeedSequence takes trailing zeros for nothing
+    state = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 

@@ -66,7 +66,7 @@ def test_what_remains_is_not_the_same_every_epoch():
 def test_images_are_never_augmented(epoch):
     for loader in (epoch_of(make(), epoch), make().val_dataloader()):
         for batch in loader:
-            colours = (batch.labels / 255).view(4, 2, 1, 1, 1).expand_as(batch.images)
+            colours = (batch.labels / 255)[..., None, None, None].expand_as(batch.images)
             torch.testing.assert_close(batch.images, colours, rtol=0, atol=1e-7)
 
 
@@ -101,8 +101,8 @@ def test_no_two_tasks_have_the_same_key():
     data = make()
     batches = [*epoch_of(data, 0), *epoch_of(data, 1), *epoch_of(data, 2), *data.val_dataloader()]
     _, keys = together(batches)
-    assert len(keys) == 64
-    assert len({tuple(key) for key in keys.tolist()}) == 64
+    assert len(keys) == 65
+    assert len({tuple(key) for key in keys.tolist()}) == 65
     assert set(keys[:, 0].tolist()) == {3}
     assert (keys >= 0).all()
 
@@ -115,13 +115,13 @@ def test_validation_has_the_same_tasks_every_time_in_every_process(val):
     loader = make(1, 2, **options).val_dataloader()
     loader.sampler.set_epoch(5)
     second = list(loader)
-    assert len(first) == (1 if val is None else 2)
+    assert [len(batch.keys) for batch in first] == ([4, 1] if val is None else [4, 4, 2])
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     labels, _ = together(first)
     if val is None:
         assert not set(labels.flatten().tolist()) & set(data._train_indices.tolist())
-        assert len(set(labels.flatten().tolist())) == 8
+        assert len(set(labels.flatten().tolist())) == 10
 
 
 def test_limit_takes_some_images():
@@ -160,8 +160,8 @@ def test_images_without_labels_are_refused():
 def test_too_few_images():
     with pytest.raises(InputError, match="40 training images fill no meta-step of 7 tasks with 6"):
         make(tasks=7, images_per_task=6).train_dataloader()
-    with pytest.raises(InputError, match=r"10 validation images fill .* Raise val_fraction"):
-        make(tasks=4, images_per_task=3).val_dataloader()
+    with pytest.raises(InputError, match=r"10 validation images fill no task of 11 .* Raise val"):
+        make(tasks=1, images_per_task=11).val_dataloader()
 
 
 def test_tasks_that_cannot_be_shared_out():
@@ -177,7 +177,7 @@ def test_overfit_batches_are_refused():
 def test_a_resumed_training_starts_with_the_next_task():
     data = make()
     whole = [together(epoch_of(data, epoch))[1] for epoch in range(3)]
-    data.load_state_dict({"epoch": 1, "meta_steps": 2})
+    data.load_state_dict({"epoch": 1, "meta_steps": 2, **data._order()})
     for asked in (0, 1):  # Lightning may ask before it knows the epoch
         rest = list(_loader(data, asked))
         assert torch.equal(together(rest)[1], whole[1][8:])
@@ -185,6 +185,21 @@ def test_a_resumed_training_starts_with_the_next_task():
     assert torch.equal(together(epoch_of(data, 2))[1], whole[2])
     data.setup("fit")  # another training
     assert torch.equal(together(epoch_of(data, 1))[1], whole[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": 2}, "tasks was 4, not 2"),
+        ({"images_per_task": 1}, "images_per_task was 2, not 1"),
+        ({"seed": 4}, "seed was 3, not 4"),
+        ({"val_fraction": 0.5}, "images was 40, not 25"),
+    ],
+)
+def test_other_tasks_cannot_be_resumed(options, message):
+    saved = {"epoch": 0, "meta_steps": 3, **make()._order()}
+    with pytest.raises(InputError, match=rf"cannot be resumed.* {message}"):
+        make(**options).load_state_dict(saved)
 
 
 def _loader(data, epoch):

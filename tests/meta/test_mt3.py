@@ -11,13 +11,14 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from tests.meta.pretraining import make_trainer
 from tests.streams import CLASSES, make_source
 from tta_lightning.data import LabelledImages, LabelledTasks
 from tta_lightning.errors import InputError
-from tta_lightning.inner_loop import InnerLoop, task_loss, unstack
+from tta_lightning.inner_loop import InnerLoop, Task, task_loss, unstack
 from tta_lightning.meta import MT3
 from tta_lightning.models import BYOLHeads, SmallConvNet, load_model
 from tta_lightning.models.byol import Embedder
@@ -499,19 +500,43 @@ def test_attention_to_first_order_is_not_told_of(backbone, backend):
     fit(module, precision="32-true")  # a warning would be an error
 
 
-def test_attention_gives_the_same_first_order_gradient_in_both_backends():
+@pytest.mark.parametrize("first_order", [False, True])
+def test_attention_and_layer_norm_give_the_same_gradient_in_both_backends(first_order):
+    """Where autograd differentiates vmap, torch's second derivatives of a layer norm are wrong."""
     batch, found = next(iter(make_data().train_dataloader())), []
     for backend in ("loop", "vmap"):
         torch.manual_seed(0)
-        module = make_module(heads_on(AttentionNet()), backend=backend, first_order=True)
+        module = make_module(heads_on(AttentionNet()), backend=backend, first_order=first_order)
         tasks = module.draw((batch.images.double(), *batch[1:]))
-        found.append(module.meta_gradients(tasks)[0])
+        with sdpa_kernel(SDPBackend.MATH):
+            found.append(module.meta_gradients(tasks)[0])
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-13, msg=name)
 
 
 def test_networks_without_attention_hear_nothing_of_it():
     fit(make_module())  # a warning would be an error
+
+
+# The first steps --------------------------------------------------------------------------------
+
+
+def test_the_inner_learning_rate_rises_from_zero():
+    """With inner_warmup = 0.5 of 12 meta-steps: a seventh of inner_lr, two sevenths, ..., all."""
+    seen = []
+
+    class Watched(MT3):
+        def _rising(self):
+            loop = super()._rising()
+            seen.append(loop.lr)
+            return loop
+
+    module = Watched(make_network().double(), inner_lr=0.7, inner_warmup=0.5, flips=False)
+    fit(module, epochs=4)
+    by_step = seen[::3]  # three tasks each
+    assert len(by_step) == 12
+    expected = [0.1 * min(step + 1, 7) for step in range(12)]
+    assert by_step == pytest.approx(expected)
 
 
 # Trouble ------------------------------------------------------------------------------------------
@@ -546,6 +571,67 @@ def test_a_meta_step_that_is_not_finite_is_left_out(backend):
     assert all(t.isfinite().all() for t in three.values())
 
 
+def test_a_training_that_learns_nothing_gives_up():
+    """It would go on for ever: no step, no end of max_steps."""
+    module = make_module(inner_lr=1e200, inner_clip=None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*nothing was learnt")
+        with pytest.raises(InputError, match=r"20 meta-steps.*1e\+200"):
+            fit(module, epochs=-1, max_steps=5)
+
+
+def test_a_training_that_recovers_goes_on(monkeypatch):
+    """Only meta-steps in a row count."""
+    monkeypatch.setattr("tta_lightning.meta.mt3.PATIENCE", 2)
+    with pytest.warns(UserWarning, match="nothing was learnt"):
+        fit(make_module(), Poisoned((0, 2)), epochs=1)
+
+
+@pytest.mark.parametrize("backend", ["loop", "vmap"])
+def test_what_is_frozen_is_not_trained_but_moves_in_the_steps(backend):
+    network = make_network().double()
+    frozen = network.projector[0].weight.requires_grad_(False)
+    module = make_module(network, backend=backend)
+    tasks = unstack(module.draw(as_double(next(iter(make_data().train_dataloader())))))
+    theta = {n: p.detach().requires_grad_() for n, p in module.embedder.named_parameters()}
+    total = sum(task_loss(module.embedder, theta, t, InnerLoop(), 0.1).total for t in tasks)
+    expected = dict(zip(theta, torch.autograd.grad(total / 3, theta.values()), strict=True))
+    found, _ = module.meta_gradients(
+        Task(*(torch.stack(parts) for parts in zip(*tasks, strict=True)))
+    )
+    assert set(expected) - set(found) == {"network.projector.0.weight"}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-12, msg=name)
+    before = frozen.clone()
+    fit(module)
+    assert torch.equal(frozen, before)
+
+
+def test_a_network_that_is_all_frozen_is_refused():
+    with pytest.raises(InputError, match="nothing to train"):
+        fit(make_module(make_network().double().requires_grad_(False)))
+
+
+def test_another_number_of_classes_is_refused():
+    backbone = SmallConvNet(norm="group", num_classes=3)
+    with pytest.raises(InputError, match=r"gives 3 logits.*10 classes.*num_classes"):
+        fit(make_module(heads_on(backbone)))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_precision_parameters_are_refused(precision):
+    with pytest.raises(InputError, match=r"not support precision.*32-true, 64-true"):
+        fit(make_module(dtype=torch.float32), precision=precision)
+
+
+def test_logging_may_be_off():
+    fit(make_module(), log_every_n_steps=0)
+
+
+def as_double(batch):
+    return (batch.images.double(), *batch[1:])
+
+
 def test_other_batches_are_refused():
     data = LabelledImages(make_source(40), batch_size=4, image_size="keep")
     with pytest.raises(InputError, match="LabelledTasks"):
@@ -577,6 +663,10 @@ def test_the_cosine_needs_an_end():
         ({"inner_clip": 0.0}, "inner_clip = 0.0 is out of range: expected a number above 0"),
         ({"copies": 0}, "copies = 0 is out of range: expected a number above 0"),
         ({"ssl_weight": -0.1}, "ssl_weight = -0.1 is out of range: expected 0 or more"),
+        ({"steps": 1.5}, "steps = 1.5 is out of range: expected a whole number"),
+        ({"warmup": 1.0}, "warmup = 1.0 is out of range: expected 0 <= warmup < 1"),
+        ({"inner_warmup": -0.1}, "inner_warmup = -0.1 is out of range"),
+        ({"crop": (31, 20)}, r"crop = \(31, 20\) is out of range"),
         ({"steps": -1}, "steps = -1 is out of range: expected 0 or more"),
         ({"inner_lr": -0.1}, "inner_lr = -0.1 is out of range: expected 0 or more"),
         ({"momentum": 1.0}, "momentum = 1.0 is out of range: expected 0 <= momentum < 1"),

@@ -1,6 +1,8 @@
 """MT3's adapter against an episode written out, in every way that its episodes can run."""
 
 import copy
+import inspect
+import json
 import warnings
 
 import pytest
@@ -293,9 +295,9 @@ class TestAuto:
         expected = make_mt3()
         expected.adapt_step(IMAGES)
         assert torch.equal(adapter.adapt_step(IMAGES), expected.adapt_step(IMAGES))
-        assert adapter.describe()["episodes"] == "loop (vmap ran out of memory)"
-        with pytest.raises(torch.OutOfMemoryError):  # who asks for it gets it
-            make_mt3(episodes="vmap").adapt_step(IMAGES)
+        assert adapter.describe()["episodes"] == "loop (vmap failed on a larger batch)"
+        with pytest.raises(InputError, match=r"vmap cannot run.*of the test.*episodes: loop"):
+            make_mt3(episodes="vmap").adapt_step(IMAGES)  # who asks for it gets it
 
     def test_falls_back_where_vmap_cannot_run_the_network(self):
         class Branches(LayerNormNet):
@@ -354,7 +356,7 @@ class TestTerms:
             adapter.ready()
             adapter.terms.append(StagTerm(adapter.head, StagOptions(weight=weight)))
             logits = adapter.adapt_step(IMAGES)
-            assert adapter.describe()["episodes"] == "loop"
+            assert adapter.describe()["episodes"].startswith("loop (attached terms")
             return logits
 
         expected = make_mt3().adapt_step(IMAGES)
@@ -519,7 +521,7 @@ def test_bad_arguments(options, message):
 
 @pytest.mark.parametrize("crop", [(0, 20), (24, 20)])
 def test_a_crop_that_is_none(crop):
-    with pytest.raises(InputError, match=rf"crop = \[{crop[0]}, {crop[1]}\] is out of range"):
+    with pytest.raises(InputError, match=rf"crop = \({crop[0]}, {crop[1]}\) is out of range"):
         make_mt3(crop=crop).adapt_step(IMAGES)
 
 
@@ -531,6 +533,8 @@ def test_describes_itself():
     assert (hyper["steps"], hyper["copies"], hyper["lr"], hyper["target"]) == (2, 3, 0.05, "self")
     assert described["rule"]["lr"] == 0.05
     assert described["episodes"] == "loop"
+    assert set(hyper) == set(inspect.signature(MT3).parameters) - {"network"}
+    assert make_mt3(crop=[8, 9], flips=False).describe()["hyper_parameters"]["crop"] == [8, 9]
     published = MT3(make_heads()).describe()["hyper_parameters"]
     assert (published["steps"], published["copies"], published["lr"]) == (1, 32, 0.1)
 
@@ -582,3 +586,97 @@ def test_a_choice_is_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_mt3(episodes="auto").adapt_step(IMAGES)
+
+
+@WAYS
+def test_a_prediction_that_is_not_finite_is_that_of_the_meta_model(way):
+    """Steps of this length stay finite; what the network makes of them does not."""
+    adapter = make_mt3(episodes=way, lr=1e10)
+    with pytest.warns(UserWarning, match="5 of 5 images"):
+        logits = adapter.adapt_step(IMAGES)
+    torch.testing.assert_close(logits, make_heads()(IMAGES).detach())
+    assert (adapter.report.failed, adapter.report.updated) == (5, False)
+
+
+@WAYS
+def test_images_without_a_step_are_counted_by_the_run(way):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*not finite")
+        results = quiet().adapt(make_mt3(episodes=way, lr=1e10), datamodule=make_stream())
+    assert (results["images_without_step"], results["nonfinite_batches"]) == (12, 3)
+
+
+def test_the_manifest_says_how_episodes_ran(tmp_path, monkeypatch):
+    Clock(monkeypatch, 5.0, 1.0)
+    quiet(run_dir=tmp_path / "run").adapt(make_mt3(episodes="auto"), datamodule=make_stream())
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["method"]["episodes"] == "vmap (measured: 5 s an image in a loop, 1 with vmap)"
+    assert manifest["method"]["hyper_parameters"]["episodes"] == "auto"
+
+
+def test_the_manifest_says_that_terms_run_in_the_loop(tmp_path):
+    trainer = quiet(STAG(weight=1.0), run_dir=tmp_path / "run")
+    trainer.adapt(make_mt3(episodes="vmap"), datamodule=make_stream())
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["method"]["episodes"].startswith("loop (attached terms")
+
+
+def test_timing_is_not_counted():
+    counts = {}
+    for episodes in ("loop", "auto"):
+        results = quiet().adapt(make_mt3(episodes=episodes), datamodule=make_stream())
+        counts[episodes] = results["cost"]["forwards_per_batch"]
+    assert counts["auto"] in (counts["loop"], 2.0)  # with vmap, two a batch
+
+
+def test_a_state_does_not_overrule_what_was_asked_for():
+    vmapped = make_mt3(episodes="vmap")
+    vmapped.adapt_step(IMAGES)
+    adapter, loop = make_mt3(episodes="loop"), make_mt3(episodes="loop")
+    adapter.load_state_dict(vmapped.state_dict())
+    loop.adapt_step(IMAGES)
+    assert torch.equal(adapter.adapt_step(IMAGES), loop.adapt_step(IMAGES))
+
+
+def test_autocast_remembers_no_parameter_inside_a_long_block():
+    """It keeps a copy of each leaf until the block ends, and every step has new ones."""
+    adapter, seen = make_mt3(), []
+    adapter.network.register_forward_hook(lambda *_: seen.append(torch.is_autocast_cache_enabled()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        adapter.adapt_step(IMAGES)
+        assert torch.is_autocast_cache_enabled()
+    assert len(seen) == 10
+    assert not any(seen)
+
+
+def test_networks_may_view_what_a_convolution_gives():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=8), nn.GroupNorm(2, 4), nn.ReLU())
+            self.fc = nn.Linear(64, 5)
+
+        def forward(self, images):
+            return self.fc(self.body(images).view(len(images), -1))
+
+    assert make_mt3(make_heads(Views())).adapt_step(IMAGES).shape == (5, 5)
+
+
+def test_an_empty_batch():
+    adapter = make_mt3()
+    assert adapter.adapt_step(IMAGES[:0]).shape == (0, 10)
+    assert not adapter.report.updated
+    other = make_mt3()
+    assert torch.equal(adapter.adapt_step(IMAGES), other.adapt_step(IMAGES))
+
+
+@pytest.mark.parametrize("images", [IMAGES[0], IMAGES[:, :1], IMAGES.to(torch.uint8)])
+def test_what_is_no_batch_of_images_is_refused(images):
+    with pytest.raises(InputError, match=r"images of shape .*expects floating-point images \[B, 3"):
+        make_mt3().adapt_step(images)
+
+
+@pytest.mark.parametrize("name", ["steps", "copies", "in_flight", "seed"])
+def test_numbers_that_are_not_whole(name):
+    with pytest.raises(InputError, match=rf"{name} = 1.5 is out of range: expected a whole"):
+        make_mt3(**{name: 1.5})

@@ -192,7 +192,8 @@ class TestWithoutAdvice:
 
 class TestUseGroupNorm:
     @pytest.mark.parametrize(
-        ("channels", "groups"), [(64, 32), (48, 16), (24, 8), (7, 1), (32, 32), (96, 32), (1, 1)]
+        ("channels", "groups"),
+        [(64, 16), (48, 4), (24, 2), (7, 1), (32, 8), (96, 8), (128, 32), (256, 32)],
     )
     def test_equals_the_formula(self, channels, groups):
         torch.manual_seed(0)

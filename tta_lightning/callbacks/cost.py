@@ -27,8 +27,9 @@ class CostMonitor(AdaptCallback):
 
     A forward is a call of the network, for however many images; a backward is a gradient that
     reaches the logits of such a call, or the predictions of BYOL heads. The two phases are those
-    that the method itself marks. Peak memory is that of the device's
-    allocator on CUDA and the highest resident set of the process on Linux; elsewhere it is None.
+    that the method itself marks; what it does outside, such as to time itself, is not counted. Peak
+    memory is that of the device's allocator on CUDA and the highest resident set of the process on
+    Linux; elsewhere it is None.
     The first batch, which warms caches up, is left out of the seconds a batch where there are more.
     On Linux the process's high-water mark of memory is set back twice a batch, so another monitor
     that reads it (``ru_maxrss``, a scheduler's accounting) sees the peak since then only.
@@ -101,8 +102,12 @@ class CostMonitor(AdaptCallback):
     def _observe(self, phase: str) -> Iterator[None]:
         _reset_peak(self._device)
         _synchronise(self._device)
+        self._counts = True
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        finally:
+            self._counts = False
         _synchronise(self._device)
         elapsed = time.perf_counter() - start
         self._batch_seconds += elapsed
@@ -112,7 +117,7 @@ class CostMonitor(AdaptCallback):
             self._peaks[phase] = max(peak, self._peaks.get(phase, 0))
 
     def _count_forward(self, module: nn.Module, args: Any, logits: Any) -> None:
-        self._forwards += 1
+        self._forwards += self._counts
         self._watch(module, args, logits)
 
     def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -120,7 +125,7 @@ class CostMonitor(AdaptCallback):
             output.register_hook(self._count_backward)
 
     def _count_backward(self, grad: Tensor) -> None:
-        self._backwards += 1
+        self._backwards += self._counts
 
     def _release(self, adapter: Adapter) -> None:
         adapter.phase = unobserved
@@ -129,6 +134,7 @@ class CostMonitor(AdaptCallback):
 
     def _clear(self) -> None:
         self._device = torch.device("cpu")
+        self._counts = False
         self._hooks = []
         self._batches = self._images = self._forwards = self._backwards = 0
         self._seconds: dict[str, list[float]] = {}

@@ -33,8 +33,12 @@ class RunRecorder(AdaptCallback):
     its metrics, marked ``"completed": false`` with the reason.
     """
 
+    def __init__(self) -> None:
+        self._manifest: dict[str, Any] | None = None
+
     def on_adapt_start(self, trainer: Trainer, adapter: Adapter) -> None:
         """Write the manifest."""
+        self._manifest = None
         folder = run_folder(trainer)
         if folder is not None:
             self._manifest = self.manifest(trainer, adapter)
@@ -42,13 +46,13 @@ class RunRecorder(AdaptCallback):
 
     def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
         """Write the figures of the run, and into the manifest what the method chose meanwhile."""
-        folder, method = run_folder(trainer), adapter.describe()
-        if folder is not None and method != self._manifest["method"]:
-            write_json(folder / "manifest.json", {**self._manifest, "method": method})
+        self._complete(trainer, adapter)
         self._write(trainer, stopped=None)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the figures of what was done before the run stopped."""
+        if isinstance(pl_module, Adapter):
+            self._complete(trainer, pl_module)
         self._write(trainer, stopped=f"{type(exception).__name__}: {exception}")
 
     def manifest(self, trainer: Trainer, adapter: Adapter) -> dict[str, Any]:
@@ -119,6 +123,15 @@ class RunRecorder(AdaptCallback):
             if isinstance(callback, AdaptCallback):
                 results.update(callback.summary())
         return results
+
+    def _complete(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Write the manifest again if the method has something to add to it."""
+        folder = run_folder(trainer)
+        if folder is None or self._manifest is None:
+            return
+        method = adapter.describe()
+        if method != self._manifest["method"]:
+            write_json(folder / "manifest.json", {**self._manifest, "method": method})
 
     def _write(self, trainer: Trainer, stopped: str | None) -> None:
         folder = run_folder(trainer)

@@ -68,6 +68,8 @@ class LabelledImages(LightningDataModule):
         for name, value in (("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
             if value < 1:
                 raise InputError(f"{name} = {value}: expected 1 or more.")
+        if seed < 0:
+            raise InputError(f"seed = {seed}: expected 0 or more.")
         if not 0 < val_fraction < 1:
             raise InputError(f"val_fraction = {val_fraction}: expected a number between 0 and 1.")
         self.train, self.val, self.test = train, val, test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -128,8 +129,8 @@ class LabelledTasks(LabelledImages):
         order = _Order(fixed, self, 0, 1, is_fixed=True)
         if len(order) == 0:
             raise InputError(
-                f"{len(indices)} validation images fill no meta-step of {self.tasks} tasks with "
-                f"{self.images_per_task} images each. Raise val_fraction or lower either."
+                f"{len(indices)} validation images fill no task of {self.images_per_task} images. "
+                "Raise val_fraction or lower images_per_task."
             )
         return self._tasks(source, order)
 
@@ -144,17 +145,37 @@ class LabelledTasks(LabelledImages):
             return {}
         loop: Any = trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
+        epoch, done = epochs.started - 1, batches.current.processed
         if epochs.processed == epochs.started or batches.is_last_batch:
-            return {
-                "epoch": epochs.started,
-                "meta_steps": 0,
-            }  # what max_steps cut short is over too
-        return {"epoch": epochs.started - 1, "meta_steps": batches.current.processed}
+            epoch, done = epochs.started, 0  # what max_steps cut short is over too
+        return {"epoch": epoch, "meta_steps": done, **self._order()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        if state_dict:
-            self._resume = (state_dict["epoch"], state_dict["meta_steps"])
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            InputError: The tasks would be others; names what differs.
+        """
+        if not state_dict:
+            return
+        ours = self._order()
+        different = [key for key, value in ours.items() if state_dict[key] != value]
+        if different:
+            raise InputError(
+                "This checkpoint cannot be resumed: of its tasks, "
+                + ", ".join(f"{k} was {state_dict[k]}, not {ours[k]}" for k in different)
+                + ". Resume with the data that it was written with."
+            )
+        self._resume = (state_dict["epoch"], state_dict["meta_steps"])
+
+    def _order(self) -> dict[str, int]:
+        """Return the numbers that decide which tasks there are."""
+        return {
+            "seed": self.seed,
+            "tasks": self.tasks,
+            "images_per_task": self.images_per_task,
+            "images": len(self._train_indices),
+        }
 
     def start(self, epoch: int) -> tuple[int, int]:
         """Say with which epoch and which of its meta-steps to begin when an epoch is asked for.
@@ -230,10 +251,15 @@ class _Order(DistributedSampler[_Request]):
         share = data.tasks // self.num_replicas
         for step in range(done, len(self)):
             first = step * data.tasks + self.rank * share
-            numbers = np.arange(first, first + share)
+            numbers = np.arange(first, min(first + share, self._count()))
             places = numbers[:, None] * data.images_per_task + np.arange(data.images_per_task)
             keys = [(data.seed, epoch, 2 * number + self.is_fixed) for number in numbers]
             yield _Request(order[places], np.array(keys, dtype=np.int64))
 
     def __len__(self) -> int:
-        return len(self.indices) // self.data.batch_size
+        steps = self._count() / self.data.tasks
+        return math.ceil(steps) if self.is_fixed else math.floor(steps)
+
+    def _count(self) -> int:
+        """Return the number of tasks; in validation the last meta-step may have fewer."""
+        return len(self.indices) // self.data.images_per_task

@@ -80,8 +80,10 @@ class JointTraining(SourceTraining):
             raise InputError(f"ssl_weight = {ssl_weight} is out of range: expected 0 or more.")
         if not 0 <= tau_base <= 1:
             raise InputError(f"tau_base = {tau_base} is out of range: expected 0 <= tau_base <= 1.")
+        if seed < 0:
+            raise InputError(f"seed = {seed} is out of range: expected 0 or more.")
         self.ssl_weight, self.tau_base, self.seed = ssl_weight, tau_base, seed
-        self.view_options = ViewOptions(None if crop is None else (crop[0], crop[1]), flips)
+        self.view_options = ViewOptions(crop, flips)
         self.target = copy.deepcopy(self.network).requires_grad_(False)
         self._embedders = [Embedder(self.network), Embedder(self.target)]  # parts of us already
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,15 +13,12 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LRScheduler
-from torch.overrides import TorchFunctionMode
 
 from tta_lightning.errors import InputError, unknown_name
 from tta_lightning.functional import all_finite
 from tta_lightning.inner_loop import (
     InnerLoop,
-    Parameters,
     Target,
     Task,
     TaskLosses,
@@ -30,11 +26,12 @@ from tta_lightning.inner_loop import (
     clip_by_norm,
     inner_adapt,
     losses_at,
-    meta_loss,
+    meta_gradients,
     task_loss,
     unstack,
 )
 from tta_lightning.meta.source import check_classes, known_length, with_schedule
+from tta_lightning.models.attention import PlainAttention
 from tta_lightning.models.byol import Embedder
 from tta_lightning.models.loading import checkpoint_record, load_model
 from tta_lightning.views import (
@@ -44,6 +41,9 @@ from tta_lightning.views import (
     ssl_views,
     supervised_views,
 )
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+PATIENCE = 20  # meta-steps in a row without a gradient, after which a training gives up
 
 
 class MT3(LightningModule):
@@ -134,6 +134,9 @@ class MT3(LightningModule):
         for name, value in positive.items():
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"{name} = {value} is out of range: expected a number above 0.")
+        for name, count in {"steps": steps, "copies": copies}.items():
+            if not isinstance(count, int):
+                raise InputError(f"{name} = {count} is out of range: expected a whole number.")
         for name, value in {"ssl_weight": ssl_weight, "steps": steps, "inner_lr": inner_lr}.items():
             if not 0 <= value < float("inf"):
                 raise InputError(f"{name} = {value} is out of range: expected 0 or more.")
@@ -153,13 +156,6 @@ class MT3(LightningModule):
         self.automatic_optimization = False
         self.network = load_model(network).eval()
         self._embedder = [Embedder(self.network)]  # a list: the network is part of us already
-        has_layer_norm = any(isinstance(module, nn.LayerNorm) for module in self.network.modules())
-        if backend == "vmap" and not first_order and has_layer_norm:
-            raise InputError(
-                "backend = vmap gives wrong second derivatives where there is layer normalisation: "
-                "vmap of torch computes its double backward wrongly. Use backend: loop, or "
-                "first_order: true."
-            )
         self.lr, self.optimizer, self.momentum = lr, optimizer, momentum
         self.clip, self.schedule, self.warmup = clip, schedule, warmup
         self.ssl_weight = ssl_weight
@@ -167,8 +163,9 @@ class MT3(LightningModule):
         self.inner_loop = InnerLoop(steps, inner_lr, inner_clip, first_order, target, engine)
         self.inner_warmup = inner_warmup
         self.task_mode, self.copies, self.backend = task_mode, copies, backend
-        self.view_options = ViewOptions(None if crop is None else (crop[0], crop[1]), flips)
-        self._knows_attention = False
+        self.view_options = ViewOptions(crop, flips)
+        self._attention = PlainAttention()
+        self._skipped = 0  # meta-steps in a row
 
     @property
     def embedder(self) -> Embedder:
@@ -184,15 +181,17 @@ class MT3(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what this training cannot do."""
-        if str(self.trainer.precision).startswith("16"):
+        if self.trainer.precision not in PRECISIONS:
             raise InputError(
-                f"MT3 does not support precision {self.trainer.precision!r}: the gradients of its "
-                "steps are not scaled. Use 32-true or bf16-mixed."
+                f"MT3 does not support precision {self.trainer.precision!r}: its steps are too "
+                f"small for parameters in half precision. Use one of {', '.join(PRECISIONS)}."
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the outer optimizer for the parameters of the network."""
-        parameters = list(self.network.parameters())
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        if not parameters:
+            raise InputError("Every parameter of the network is frozen: there is nothing to train.")
         optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, self.lr)
         if self.optimizer == "sgd":
             optimizer = torch.optim.SGD(parameters, self.lr, self.momentum)
@@ -205,22 +204,40 @@ class MT3(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Take one meta-step on the tasks of this process."""
         tasks = self.draw(batch)
+        self._check_classes(tasks)
         trainer: Any = self.trainer  # no checker sees its attributes
         every, number = trainer.log_every_n_steps, trainer.fit_loop.epoch_loop.total_batch_idx + 1
         is_logged = every > 0 and number % every == 0
         before = self._before(tasks) if is_logged else None
-        with self._attention():
+        with nullcontext() if self.inner_loop.first_order else self._attention.used():
             gradients, after = self.meta_gradients(tasks)
         gradients = self._averaged(gradients)
         if before is not None:
             self._log("train", before, after, len(tasks.labels))
         if all_finite(*gradients.values()):
             self._descend(gradients)
+            self._skipped = 0
         else:
-            warnings.warn(
-                "A meta-step gave a loss or a gradient that is not finite; nothing was learnt.",
-                stacklevel=2,
+            self._skip()
+
+    def _skip(self) -> None:
+        """Leave a meta-step out; give up when nothing else happens.
+
+        Raises:
+            InputError: Many in a row gave no gradient.
+        """
+        self._skipped += 1
+        if self._skipped == PATIENCE:
+            loop = self.inner_loop
+            raise InputError(
+                f"{PATIENCE} meta-steps in a row gave a loss or a gradient that is not finite, so "
+                f"nothing is learnt any more. Lower inner_lr (it is {loop.lr}), inner_clip "
+                f"({loop.clip}), lr ({self.lr}) or clip ({self.clip})."
             )
+        warnings.warn(
+            "A meta-step gave a loss or a gradient that is not finite; nothing was learnt.",
+            stacklevel=3,
+        )
 
     def meta_gradients(self, tasks: Task) -> tuple[dict[str, Tensor], TaskLosses]:
         """Differentiate the mean loss of tasks by theta.
@@ -229,33 +246,31 @@ class MT3(LightningModule):
             tasks: M tasks.
 
         Returns:
-            Gradients by name in the embedder, those of parameters without influence left out; and
-            means of the losses over the tasks, detached.
+            Gradients by name in the embedder, those of parameters without influence zero or left
+            out; and means of the losses over the tasks, detached.
         """
+        fixed = self._detached()  # what is frozen moves in the steps alone
         trained = {n: p for n, p in self.embedder.named_parameters() if p.requires_grad}
-        theta = {**self._detached(), **trained}  # what is frozen moves in the steps alone
+        if self.backend == "vmap":
+            loop, weight = self._rising(), self.ssl_weight
+            return meta_gradients(self.embedder, trained, fixed, tasks, loop, weight)
         sums: dict[str, Tensor] = {}
         known = []
-        for loss in self._losses(theta, tasks):
+        for task in unstack(tasks):  # the graph of a task is gone before the next one is built
+            loss = task_loss(
+                self.embedder, {**fixed, **trained}, task, self._rising(), self.ssl_weight
+            )
             found = torch.autograd.grad(loss.total, list(trained.values()), allow_unused=True)
             for name, grad in zip(trained, found, strict=True):
                 if grad is not None:
                     sums[name] = sums[name] + grad if name in sums else grad
             known.append(TaskLosses(*(part.detach() for part in loss)))
-            del loss  # the graph of a task is gone before the next one is built
+            del loss
         return {name: grad / len(known) for name, grad in sums.items()}, average(known)
 
     def _detached(self) -> dict[str, Tensor]:
         """Return theta without its graph, ready to be differentiated anew."""
         return {n: p.detach().requires_grad_() for n, p in self.embedder.named_parameters()}
-
-    def _losses(self, theta: Parameters, tasks: Task) -> Iterator[TaskLosses]:
-        """Yield the losses of one task after the other, or once the means over all."""
-        if self.backend == "vmap":
-            yield meta_loss(self.embedder, theta, tasks, self._rising(), self.ssl_weight)
-            return
-        for task in unstack(tasks):
-            yield task_loss(self.embedder, theta, task, self._rising(), self.ssl_weight)
 
     def _rising(self) -> InnerLoop:
         """Return the inner loop with the alpha of this meta-step."""
@@ -287,7 +302,6 @@ class MT3(LightningModule):
                 "as LabelledTasks gives them; this dataloader gives something else."
             )
         images, labels, keys = batch
-        check_classes(self, len(self.embedder.head.weight), labels)
         if self.task_mode == "repeat" and images.shape[1] != 1:
             raise InputError(
                 f"task_mode = repeat takes one image a task, and these have {images.shape[1]}. Set "
@@ -295,6 +309,9 @@ class MT3(LightningModule):
                 "repeated."
             )
         return images, labels, keys.tolist()
+
+    def _check_classes(self, tasks: Task) -> None:
+        check_classes(self, len(self.embedder.head.weight), tasks.labels)
 
     def _task(self, images: Tensor, labels: Tensor, key: list[int]) -> Task:
         """Draw the views of a task of images ``[K, 3, H, W]``."""
@@ -336,31 +353,13 @@ class MT3(LightningModule):
         if isinstance(schedule, LRScheduler):
             schedule.step()
 
-    @contextmanager
-    def _attention(self) -> Iterator[None]:
-        """Let attention be computed by a kernel that can be differentiated twice."""
-        if self.inner_loop.first_order:
-            yield
-            return
-        notices = _NoticesAttention()
-        with sdpa_kernel(SDPBackend.MATH), nullcontext() if self._knows_attention else notices:
-            yield
-        if notices.found and not self._knows_attention:
-            self._knows_attention = True
-            warnings.warn(
-                "The network has attention. Its fused kernels have no second derivative, so MT3 "
-                "uses the plain one ('math'), which takes more memory. first_order: true would "
-                "not need it.",
-                stacklevel=2,
-            )
-        self._knows_attention = True
-
     # Validation ----------------------------------------------------------------------------------
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log losses and accuracy on held-out tasks, before and after their steps."""
         with torch.inference_mode(False), torch.enable_grad():
             tasks = Task(*(part.clone() for part in self.draw(batch)))
+            self._check_classes(tasks)
             theta = self._detached()
             loop = replace(self.inner_loop, first_order=True, engine="autograd")
             moved = [inner_adapt(self.embedder, theta, views, loop) for views in tasks.views]
@@ -380,7 +379,7 @@ class MT3(LightningModule):
             "test/loss": F.cross_entropy(logits, labels),
             "test/accuracy": (logits.argmax(dim=1) == labels).float().mean(),
         }
-        self.log_dict(figures, prog_bar=True, batch_size=len(labels))
+        self.log_dict(figures, prog_bar=True, batch_size=len(labels), sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what :func:`~tta_lightning.models.load_model` needs to build the network again."""
@@ -400,15 +399,3 @@ class MT3(LightningModule):
         shown = [f"{stage}/accuracy_before", f"{stage}/accuracy_after"]
         for name, value in figures.items():
             self.log(name, value, prog_bar=name in shown, batch_size=tasks, sync_dist=True)
-
-
-class _NoticesAttention(TorchFunctionMode):
-    """Sees whether attention is computed by a kernel of torch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
-        return func(*args, **(kwargs or {}))

@@ -56,6 +56,12 @@ class SourceTraining(LightningModule):
         for name, value in (("label_smoothing", label_smoothing), ("warmup", warmup)):
             if not 0 <= value < 1:
                 raise InputError(f"{name} = {value} is out of range: expected 0 <= {name} < 1.")
+        if not 0 < lr < math.inf:
+            raise InputError(f"lr = {lr} is out of range: expected a number above 0.")
+        if not 0 <= weight_decay < math.inf:
+            raise InputError(f"weight_decay = {weight_decay} is out of range: expected 0 or more.")
+        if optimizer not in ("adamw", "sgd"):
+            raise unknown_name("optimizer", optimizer, ("adamw", "sgd"))
         if schedule not in ("cosine", "constant"):
             raise unknown_name("schedule", schedule, ("cosine", "constant"))
         self.network = load_model(network).train()  # it comes in evaluation mode
@@ -119,6 +125,7 @@ class SourceTraining(LightningModule):
             {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy},
             prog_bar=True,
             batch_size=len(labels),
+            sync_dist=True,
         )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs, StepReport, restricted
-from tta_lightning.errors import unknown_name
+from tta_lightning.errors import InputError, unknown_name
 from tta_lightning.functional import all_finite
 from tta_lightning.inner_loop import InnerLoop, Parameters, Target, embed, inner_adapt
 from tta_lightning.models.byol import Embedder
@@ -92,18 +93,23 @@ class MT3(Adapter):
     ) -> None:
         require("lr", lr, 0)
         super().__init__(network, SGD(lr=lr))
-        for name, value in (("steps", steps), ("copies", copies), ("in_flight", in_flight)):
+        counts = {"steps": steps, "copies": copies, "in_flight": in_flight}
+        for name, value in counts.items():
             require(name, value, 1)
         require("seed", seed, 0)
+        for name, value in {**counts, "seed": seed}.items():
+            if not isinstance(value, int):
+                raise InputError(f"{name} = {value} is out of range: expected a whole number.")
         if target not in ("meta", "self"):
             raise unknown_name("target", target, ("meta", "self"))
         if episodes not in ("auto", "loop", "vmap"):
             raise unknown_name("episodes", episodes, ("auto", "loop", "vmap"))
         self.steps, self.copies, self.lr, self.target = steps, copies, lr, target
         self.episodes, self.in_flight, self.seed = episodes, in_flight, seed
-        self.view_options = ViewOptions(None if crop is None else (crop[0], crop[1]), flips)
+        self.view_options = ViewOptions(crop, flips)
+        self.crop, self.flips = self.view_options.crop, flips
         self._way = episodes  # "auto" until it was timed
-        self._timing = ""
+        self._told_way: str = episodes  # how the last batch ran, and why
 
     def configure(self) -> None:
         """Let everything move but the classifier's head, in copies that are forgotten."""
@@ -126,32 +132,38 @@ class MT3(Adapter):
             Logits ``[B, C]``, without graph.
         """
         self.ready()
-        with torch.inference_mode(False), torch.enable_grad(), self.phase("update"):
+        _check_images(images)
+        if not len(images):
+            self.report = StepReport(reason="there is no image")
+            predicted: Tensor = self(images).detach()
+            return predicted
+        with torch.inference_mode(False), torch.enable_grad(), _without_cast_cache():
             if images.is_inference():
                 images = images.clone()
             served = int(self.memory.get(_SERVED, 0))
             numbers = range(served, served + len(images))
             if self._way == "auto" and len(images) > 1 and not self.terms:
                 self._choose(images[:_TRIED], numbers[:_TRIED])
-            logits, losses, finite = self._run(images, numbers)
-            self.memory = {_SERVED: torch.tensor(served + len(images))}
-            self.report = self._told(losses, finite)
+            with self.phase("update"):
+                logits, losses, finite = self._run(images, numbers)
         kept: Tensor = restricted(logits, self.classes)
+        self.memory = {_SERVED: torch.tensor(served + len(images))}
+        self.report = self._told(losses, finite)
         return kept
 
     def describe(self) -> dict[str, Any]:
         """Say what method this is, and how its episodes ran."""
-        way = self._way if not self.terms else "loop"
-        return {**super().describe(), "episodes": f"{way}{self._timing}"}
+        return {**super().describe(), "episodes": self._told_way}
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the state, with the way that was chosen: another one rounds differently."""
-        return {**super().get_extra_state(), "episodes": [self._way, self._timing]}
+        return {**super().get_extra_state(), "episodes": [self._way, self._told_way]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what :meth:`get_extra_state` returned."""
+        """Take what :meth:`get_extra_state` returned; an explicit ``episodes`` stays."""
         super().set_extra_state(state)
-        self._way, self._timing = state["episodes"]
+        if self.episodes == "auto":
+            self._way, self._told_way = state["episodes"]
 
     # Episodes ------------------------------------------------------------------------------------
 
@@ -159,10 +171,8 @@ class MT3(Adapter):
         """Draw the views ``[2, copies, 3, H, W]`` of an image ``[3, H, W]`` by its number."""
         draws = generator(self.seed, number)
         copied = image.expand(2 * self.copies, -1, -1, -1)
-        views = ssl_views(copied, draws, self.view_options)
-        # convolutions on a CPU are a tenth faster on this layout
-        laid_out = views.contiguous(memory_format=torch.channels_last)
-        return laid_out.reshape(2, self.copies, *image.shape)
+        views: Tensor = ssl_views(copied, draws, self.view_options)
+        return views.unflatten(0, (2, self.copies))
 
     def _theta(self) -> dict[str, Tensor]:
         """Return the network's parameters, sharing their memory but not their graph."""
@@ -176,22 +186,27 @@ class MT3(Adapter):
         return InnerLoop(self.steps, self.lr, None, True, self.target, engine)
 
     def _run(self, images: Tensor, numbers: range) -> tuple[Tensor, Tensor, Tensor]:
-        """Adapt to images in the way that was chosen; see :meth:`_one_by_one`."""
-        if self._way == "vmap" and not self.terms:
-            try:
-                return self._together(images, numbers)
-            except torch.OutOfMemoryError:  # more are in flight than were timed
-                if self.episodes != "auto":
-                    raise
-            self._way, self._timing = "loop", " (vmap ran out of memory)"
-        return self._one_by_one(images, numbers)
-
-    def _one_by_one(self, images: Tensor, numbers: range) -> tuple[Tensor, Tensor, Tensor]:
-        """Adapt to one image after the other.
+        """Adapt to images in the way that was chosen, and predict them.
 
         Returns:
-            Logits ``[B, C]`` of all classes, losses ``[B]``, and which of them were finite ``[B]``.
+            Logits ``[B, C]`` of all classes, losses ``[B]``, and ``[B]`` bool, false where a loss,
+            a step or a prediction was not finite; there the logits are those of theta.
         """
+        if self._way == "vmap" and not self.terms:
+            logits, losses, finite = self._tried_together(images, numbers)
+        else:
+            logits, losses, finite = self._one_by_one(images, numbers)
+            if self.episodes != "loop" and not self._told_way.startswith("loop"):
+                self._told_way = "loop (attached terms, or single images)"
+        finite = finite & torch.isfinite(logits).all(dim=1)
+        if not finite.all():
+            failed = ~finite
+            with torch.no_grad():
+                logits[failed] = embed(self._embedder[0], {}, images[failed]).logits
+        return logits, losses, finite
+
+    def _one_by_one(self, images: Tensor, numbers: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Adapt to one image after the other; as :meth:`_run`, but nothing is mended."""
         embedder, theta, loop = self._embedder[0], self._theta(), self._loop("autograd")
         rows = []
         for image, number in zip(images, numbers, strict=True):
@@ -204,16 +219,30 @@ class MT3(Adapter):
 
             phi, loss = inner_adapt(embedder, theta, views, loop, extra if self.terms else None)
             assert loss is not None
-            is_finite = all_finite(loss, *(phi[name] for name in self._names))
+            finite = all_finite(loss, *(phi[name] for name in self._names))
             with torch.no_grad():
-                logits = embed(embedder, phi if is_finite else theta, alone).logits[0]
-            rows.append((logits, loss, torch.tensor(is_finite)))
-        logits, losses, finite = (torch.stack(parts) for parts in zip(*rows, strict=True))
-        return logits, losses, finite
+                row = embed(embedder, phi, alone).logits[0]
+            rows.append((row, loss, torch.tensor(finite, device=row.device)))
+        logits, losses, are_finite = (torch.stack(parts) for parts in zip(*rows, strict=True))
+        return logits, losses, are_finite
+
+    def _tried_together(self, images: Tensor, numbers: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Adapt to several images at once; where it was not asked for, fall back on the loop."""
+        try:
+            return self._together(images, numbers)
+        except RuntimeError as error:
+            if self.episodes == "vmap":
+                raise InputError(
+                    f"episodes = vmap cannot run this network on {len(images)} images, "
+                    f"{self.in_flight} at once: {str(error).strip().splitlines()[0]} Lower "
+                    "in_flight, or set episodes: loop."
+                ) from error
+        self._way, self._told_way = "loop", "loop (vmap failed on a larger batch)"
+        return self._one_by_one(images, numbers)
 
     @torch.no_grad()
     def _together(self, images: Tensor, numbers: range) -> tuple[Tensor, Tensor, Tensor]:
-        """Adapt to several images at once; see :meth:`_one_by_one`."""
+        """Adapt to several images at once; as :meth:`_run`, but nothing is mended."""
         embedder, theta, loop = self._embedder[0], self._theta(), self._loop("func")
 
         def episode(image: Tensor, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,8 +250,7 @@ class MT3(Adapter):
             assert loss is not None
             moved = [phi[name] for name in self._names]
             finite = torch.stack([torch.isfinite(t).all() for t in (loss, *moved)]).all()
-            kept = {n: torch.where(finite, phi[n], theta[n]) for n in self._names}
-            return embed(embedder, {**theta, **kept}, image[None]).logits[0], loss, finite
+            return embed(embedder, phi, image[None]).logits[0], loss, finite
 
         parts = []
         # Inside vmap a layer norm of bfloat16 inputs has no gradient on the CPU, and fused kernels
@@ -244,16 +272,20 @@ class MT3(Adapter):
             run(images, numbers)
             return (_clock(images.device) - start) / len(images)
 
+        if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            self._way, self._told_way = "loop", "loop (vmap would not use autocast on a CPU)"
+            return
         loop = seconds(self._one_by_one)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*performance drop")  # it is measured here
                 vmap = seconds(self._together)
         except RuntimeError:  # out of memory, or something in the network that vmap cannot do
-            self._way, self._timing = "loop", " (vmap does not run here)"
+            self._way, self._told_way = "loop", "loop (vmap does not run here)"
             return
         self._way = "vmap" if loop > _WORTH * vmap else "loop"
-        self._timing = f" (measured: {loop:.3g} s an image in a loop, {vmap:.3g} with vmap)"
+        measured = f"measured: {loop:.3g} s an image in a loop, {vmap:.3g} with vmap"
+        self._told_way = f"{self._way} ({measured})"
 
     def _told(self, losses: Tensor, finite: Tensor) -> StepReport:
         """Report what happened; warn of images that no step could be taken for."""
@@ -266,6 +298,26 @@ class MT3(Adapter):
             f"{reason}; they were predicted by the model as it is, without a step.", stacklevel=3
         )
         return StepReport(failed < len(finite), loss, finite=False, reason=reason, failed=failed)
+
+
+def _check_images(images: Tensor) -> None:
+    """Refuse what is no batch of images."""
+    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise InputError(
+            f"MT3 got images of shape {list(images.shape)} and type {images.dtype}; it expects "
+            "floating-point images [B, 3, H, W] in [0, 1]."
+        )
+
+
+@contextmanager
+def _without_cast_cache() -> Iterator[None]:
+    """Keep autocast from remembering parameters that are forgotten after each image."""
+    was_enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was_enabled)
 
 
 def _clock(device: torch.device) -> float:

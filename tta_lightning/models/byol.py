@@ -51,7 +51,7 @@ class BYOLHeads(nn.Module):
             network has to be trained anew.
 
     Raises:
-        InputError: The backbone has batch normalisation, or no linear head.
+        InputError: The backbone has batch normalisation, BYOL heads already, or no linear head.
     """
 
     def __init__(
@@ -69,6 +69,11 @@ class BYOLHeads(nn.Module):
         if batch_norm not in ("refuse", "group"):
             raise unknown_name("batch_norm", batch_norm, ("refuse", "group"))
         self.backbone = load_model(backbone, num_classes=num_classes)
+        if any(isinstance(module, BYOLHeads) for module in self.backbone.modules()):
+            raise InputError(
+                f"{describe(self.backbone).name} has BYOL heads already, which new ones would "
+                "hide. Give it as the network itself."
+            )
         if batch_norm == "group":
             use_group_norm(self.backbone)
         _refuse_batch_norm(self.backbone)

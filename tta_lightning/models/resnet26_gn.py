@@ -62,7 +62,16 @@ class ResNet26GN(nn.Module):
         self.apply(initialise)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute logits ``[B, C]`` of images ``[B, in_channels, H, W]``."""
+        """Compute logits ``[B, C]`` of images ``[B, in_channels, H, W]``.
+
+        Raises:
+            InputError: The sides of the images are no multiples of 4.
+        """
+        if images.shape[-1] % 4 or images.shape[-2] % 4 or 0 in images.shape[-2:]:
+            raise InputError(
+                f"ResNet26GN halves images twice, but these have {images.shape[-2]} x "
+                f"{images.shape[-1]} px. Give sides that are multiples of 4; it was made for 32."
+            )
         pooled = self.norm(self.blocks(self.stem(images))).relu().mean(dim=(2, 3))
         logits: Tensor = self.head(self.hidden(pooled).relu())
         return logits

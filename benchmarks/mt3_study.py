@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 from learned_rules import run, stream
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +27,7 @@ from tta_lightning.methods import MT3, Source
 from tta_lightning.runs import write_atomically
 
 Arms = dict[str, Callable[[], Adapter]]
+ARMS = ("Baseline", "JT", "TTT", "MT", "MT3")
 GAINS = (("MT3", "MT"), ("MT3", "JT"), ("TTT", "JT"), ("MT", "JT"))
 
 
@@ -47,34 +50,38 @@ def make_arms(options: argparse.Namespace, repetition: int) -> Arms:
     return arms
 
 
-def measure(
-    options: argparse.Namespace, out: Path, console: Console
+def repeat(
+    options: argparse.Namespace, repetition: int, known: list[str]
 ) -> dict[str, dict[str, float]]:
-    """Run every arm on every repetition; what the file holds already is not run again.
+    """Run the arms of a repetition that are not known; return accuracy in % by corruption, by cell.
 
-    Returns:
-        Accuracy in % by corruption, by ``arm/repetition``.
+    A cell is ``arm/repetition``.
     """
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "batch_size")}
+    if options.processes > 1:
+        torch.set_num_threads(1)
+    batches = stream(options, [CLEAN, *CORRUPTION_SETS["common"]], repetition)
+    arms = make_arms(options, repetition)
+    cells = {f"{name}/{repetition}": make for name, make in arms.items()}
+    return {cell: run(make(), batches)[0] for cell, make in cells.items() if cell not in known}
+
+
+def measure(options: argparse.Namespace, out: Path) -> dict[str, dict[str, float]]:
+    """Run what the file does not hold yet; return all of it."""
+    free = ("out", "batch_size", "processes", "baseline")
+    settings = {k: v for k, v in vars(options).items() if k not in free}
     kept = json.loads(out.read_text()) if out.exists() else {"settings": settings, "accuracy": {}}
     if kept["settings"] != settings:
         raise InputError(f"{out} holds figures of other settings: {kept['settings']}.")
-    found: dict[str, dict[str, float]] = kept["accuracy"]
-    for repetition in range(len(options.meta)):
-        batches = None
-        for name, make in make_arms(options, repetition).items():
-            cell = f"{name}/{repetition}"
-            if cell in found:
-                continue
-            if batches is None:
-                batches = stream(options, [CLEAN, *CORRUPTION_SETS["common"]], repetition)
-            start = time.perf_counter()
-            found[cell], _ = run(make(), batches)
+    known = list(kept["accuracy"])
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        for done in as_completed(
+            [pool.submit(repeat, options, number, known) for number in range(len(options.meta))]
+        ):
+            kept["accuracy"] |= done.result()
             write_atomically(out, json.dumps(kept, indent=1))
-            console.print(
-                f"{cell}: {average(found[cell]):.2f}, {time.perf_counter() - start:.0f} s"
-            )
-    return found
+    return dict(
+        sorted(kept["accuracy"].items(), key=lambda item: ARMS.index(item[0].split("/")[0]))
+    )
 
 
 def average(accuracies: dict[str, float]) -> float:
@@ -124,6 +131,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="of the step of MT3")
     parser.add_argument("--ttt-lr", type=float, default=0.01, help="of the step of TTT")
     parser.add_argument("--no-flips", action="store_true", help="of networks trained without")
+    parser.add_argument("--processes", type=int, default=1, help="repetitions at once")
     parser.add_argument("--out", type=Path, default=Path("mt3_study.json"))
     options = parser.parse_args()
     for name in ("joint", "baseline"):
@@ -131,7 +139,7 @@ def main() -> None:
         if given is not None and len(given) != len(options.meta):
             parser.error(f"--{name}: {len(given)} checkpoints for {len(options.meta)} repetitions")
     console = Console(width=140)
-    show(measure(options, options.out, console), console)
+    show(measure(options, options.out), console)
 
 
 if __name__ == "__main__":

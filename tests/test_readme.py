@@ -20,7 +20,7 @@ SMALLER = {
     "adapt": ["--data.limit=6"],
     "compare": [],
 }
-SMALL_TASKS = ["--data.tasks=1", "--data.images_per_task=4"]
+SMALL_TASKS = ["--data.tasks=1", "--trainer.max_steps=2"]
 SMALL_PRETRAINING = ["--data.images=40", "--data.batch_size=10", "--data.val_images=40"]
 OFFLINE = "{spec: timm:resnet10t, pretrained: false, num_classes: 1000}"
 

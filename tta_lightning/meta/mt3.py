@@ -396,6 +396,5 @@ class MT3(LightningModule):
                 ("accuracy", losses.correct),
             )
         }
-        shown = [f"{stage}/accuracy_before", f"{stage}/accuracy_after"]
         for name, value in figures.items():
-            self.log(name, value, prog_bar=name in shown, batch_size=tasks, sync_dist=True)
+            self.log(name, value, prog_bar="acc" in name, batch_size=tasks, sync_dist=True)

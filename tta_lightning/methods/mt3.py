@@ -171,8 +171,8 @@ class MT3(Adapter):
         """Draw the views ``[2, copies, 3, H, W]`` of an image ``[3, H, W]`` by its number."""
         draws = generator(self.seed, number)
         copied = image.expand(2 * self.copies, -1, -1, -1)
-        views: Tensor = ssl_views(copied, draws, self.view_options)
-        return views.unflatten(0, (2, self.copies))
+        views = ssl_views(copied, draws, self.view_options)
+        return views.view(2, self.copies, *image.shape)
 
     def _theta(self) -> dict[str, Tensor]:
         """Return the network's parameters, sharing their memory but not their graph."""

@@ -24,6 +24,16 @@ NETWORK = {
     "init_args": {"width": 8, "num_classes": 2},
     "class_names": ["cat", "dog"],
 }
+EPISODIC = "tta_lightning.methods.MT3"
+
+
+def heads_on(norm):
+    """A small network with BYOL heads, to be given by name."""
+    backbone = {"spec": NETWORK["class_path"], "width": 8, "norm": norm, "num_classes": 2}
+    heads = {"spec": "tta_lightning.models.BYOLHeads", "backbone": backbone}
+    return {**heads, "class_names": NETWORK["class_names"]}
+
+
 WIDER = {"class_path": "tta_lightning.models.SmallConvNet", "init_args": {"num_classes": 5}}
 
 
@@ -108,6 +118,21 @@ CASES = {
     "unknown callback": (
         ("--trainer.callbacks+=StreamMetric",),
         ["Unknown class 'StreamMetric'", "Did you mean 'StreamMetrics'?"],
+    ),
+    "no BYOL heads": (
+        ("--model", EPISODIC, "--model.network", "model.ckpt"),
+        ["has no BYOL heads", "checkpoint of MT3 or of JointTraining", "BYOLHeads"],
+    ),
+    "batch normalisation under BYOL heads": (
+        ("--model", EPISODIC, "--model.network", json.dumps(heads_on("batch"))),
+        ["SmallConvNet has", "batch normalisation layers", "batch_norm: group"],
+    ),
+    "images smaller than the crop": (
+        (
+            *("--model", EPISODIC, "--model.network", json.dumps(heads_on("group"))),
+            *("--model.crop", "[40, 48]"),
+        ),
+        ["crops of 40 to 48 px", "32 x 32 px", "`crop`"],
     ),
     "unknown space of STAG": (
         (STAG, "--trainer.callbacks.space=rows"),
@@ -218,6 +243,19 @@ def assert_one_sentence(outcome, *words):
     for word in words:
         assert word in line
     assert "Traceback" not in outcome.err + outcome.out
+
+
+def test_a_training_whose_checkpoints_nobody_could_use(tta, place, tmp_path):
+    """A class path inside another one is made into an object, which leaves no trace in a file."""
+    inner = {"class_path": NETWORK["class_path"], "init_args": {"norm": "group", "num_classes": 2}}
+    network = {"class_path": "tta_lightning.models.BYOLHeads", "init_args": {"backbone": inner}}
+    outcome = tta(
+        place,
+        *("fit", "-c", CONFIGS / "fit" / "jt_cifar10_short.yaml", *CPU),
+        *("--data.train.root", "images", "--model.network", json.dumps(network)),
+        *("--trainer.run_dir", tmp_path / "run"),
+    )
+    assert_one_sentence(outcome, "Checkpoints of this training could not be used", "{spec: ")
 
 
 def test_the_good_images_are_good(tta, place, tmp_path):

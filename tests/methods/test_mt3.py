@@ -602,8 +602,8 @@ def test_a_prediction_that_is_not_finite_is_that_of_the_meta_model(way):
 def test_images_without_a_step_are_counted_by_the_run(way):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*not finite")
-        results = quiet().adapt(make_mt3(episodes=way, lr=1e10), datamodule=make_stream())
-    assert (results["images_without_step"], results["nonfinite_batches"]) == (12, 3)
+        results = quiet().adapt(make_mt3(episodes=way, lr=1e20), datamodule=make_stream())
+    assert (results["images_without_step"], results["nonfinite_batches"]) == (24, 6)
 
 
 def test_the_manifest_says_how_episodes_ran(tmp_path, monkeypatch):

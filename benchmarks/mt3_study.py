@@ -16,14 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from learned_rules import run, stream
+from learned_rules import Batches, run, stream
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.data.stream import CLEAN, CORRUPTION_SETS
 from tta_lightning.errors import InputError
 from tta_lightning.methods import MT3, Source
+from tta_lightning.models import Embedder, load_model
 from tta_lightning.runs import write_atomically
 
 Arms = dict[str, Callable[[], Adapter]]
@@ -59,7 +61,7 @@ def repeat(
     """
     if options.processes > 1:
         torch.set_num_threads(1)
-    batches = stream(options, [CLEAN, *CORRUPTION_SETS["common"]], repetition)
+    batches = stream(options, [CLEAN, *CORRUPTION_SETS[options.corruptions]], repetition)
     arms = make_arms(options, repetition)
     cells = {f"{name}/{repetition}": make for name, make in arms.items()}
     return {cell: run(make(), batches)[0] for cell, make in cells.items() if cell not in known}
@@ -82,6 +84,19 @@ def measure(options: argparse.Namespace, out: Path) -> dict[str, dict[str, float
     return dict(
         sorted(kept["accuracy"].items(), key=lambda item: ARMS.index(item[0].split("/")[0]))
     )
+
+
+def likeness(path: str, batches: Batches) -> float:
+    """Return the mean cosine between the predictor's outputs for different clean images.
+
+    Near 1 the self-supervised loss says nothing of an image.
+    """
+    embedder = Embedder(load_model(path))
+    with torch.no_grad():
+        said = torch.cat([embedder(images).predictions for images, _ in batches[CLEAN]])
+    said = nn.functional.normalize(said, dim=1)
+    pairs = len(said) * (len(said) - 1)
+    return float(((said @ said.T).sum() - len(said)) / pairs)
 
 
 def average(accuracies: dict[str, float]) -> float:
@@ -125,6 +140,7 @@ def main() -> None:
     parser.add_argument("--test", default="digits", help="folder of class folders, or digits")
     parser.add_argument("--table", default="imagenet", choices=("imagenet", "cifar"))
     parser.add_argument("--severity", type=int, default=5)
+    parser.add_argument("--corruptions", default="common", choices=CORRUPTION_SETS)
     parser.add_argument("--limit", type=int, default=200, help="images a corruption")
     parser.add_argument("--batch-size", type=int, default=50, help="changes nothing but the speed")
     parser.add_argument("--copies", type=int, default=32, help="views a and b of an image, each")
@@ -140,6 +156,10 @@ def main() -> None:
             parser.error(f"--{name}: {len(given)} checkpoints for {len(options.meta)} repetitions")
     console = Console(width=140)
     show(measure(options, options.out), console)
+    clean = stream(options, [CLEAN], 0)
+    for name, paths in (("JT", options.joint), ("MT", options.meta)):
+        values = ", ".join(f"{likeness(path, clean):.4f}" for path in paths)
+        console.print(f"{name}, mean cosine between the predictions of different images: {values}")
 
 
 if __name__ == "__main__":

@@ -624,6 +624,19 @@ def test_half_precision_parameters_are_refused(precision):
         fit(make_module(dtype=torch.float32), precision=precision)
 
 
+def test_nothing_runs_without_a_graph_before_the_gradients(monkeypatch):
+    """Autocast of torch 2.6 would go on with what it cast there: a logged step learnt nothing."""
+    order, before, gradients = [], MT3._before, MT3.meta_gradients
+
+    def noted(name, function):
+        return lambda *given: order.append(name) or function(*given)
+
+    monkeypatch.setattr(MT3, "_before", noted("before", before))
+    monkeypatch.setattr(MT3, "meta_gradients", noted("gradients", gradients))
+    fit(make_module(), log_every_n_steps=1)
+    assert order == ["gradients", "before"] * 3
+
+
 def test_logging_may_be_off():
     fit(make_module(), log_every_n_steps=0)
 

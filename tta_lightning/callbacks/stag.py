@@ -133,7 +133,7 @@ class STAG(AdaptCallback):
     def on_adapt_batch_end(
         self, trainer: Trainer, adapter: Adapter, logits: Tensor, batch: StreamBatch, batch_idx: int
     ) -> None:
-        """Count the alignment of a batch that was learnt from, that of its last pass."""
+        """Count the alignment of a batch that was learnt from: of its last pass, or last image."""
         self._batches += 1
         aligned = self.term is not None and self.term.alignment is not None
         if aligned and adapter.report.updated:

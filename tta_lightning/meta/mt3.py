@@ -208,12 +208,11 @@ class MT3(LightningModule):
         trainer: Any = self.trainer  # no checker sees its attributes
         every, number = trainer.log_every_n_steps, trainer.fit_loop.epoch_loop.total_batch_idx + 1
         is_logged = every > 0 and number % every == 0
-        before = self._before(tasks) if is_logged else None
         with nullcontext() if self.inner_loop.first_order else self._attention.used():
             gradients, after = self.meta_gradients(tasks)
         gradients = self._averaged(gradients)
-        if before is not None:
-            self._log("train", before, after, len(tasks.labels))
+        if is_logged:  # not earlier: autocast remembers what it casts without a graph
+            self._log("train", self._before(tasks), after, len(tasks.labels))
         if all_finite(*gradients.values()):
             self._descend(gradients)
             self._skipped = 0

@@ -109,7 +109,7 @@ class MT3(Adapter):
         self.view_options = ViewOptions(crop, flips)
         self.crop, self.flips = self.view_options.crop, flips
         self._way = episodes  # "auto" until it was timed
-        self._told_way: str = episodes  # how the last batch ran, and why
+        self._ran: str = episodes  # how the last batch ran, and why
 
     def configure(self) -> None:
         """Let everything move but the classifier's head, in copies that are forgotten."""
@@ -153,17 +153,17 @@ class MT3(Adapter):
 
     def describe(self) -> dict[str, Any]:
         """Say what method this is, and how its episodes ran."""
-        return {**super().describe(), "episodes": self._told_way}
+        return {**super().describe(), "episodes": self._ran}
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the state, with the way that was chosen: another one rounds differently."""
-        return {**super().get_extra_state(), "episodes": [self._way, self._told_way]}
+        return {**super().get_extra_state(), "episodes": [self._way, self._ran]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take what :meth:`get_extra_state` returned; an explicit ``episodes`` stays."""
         super().set_extra_state(state)
         if self.episodes == "auto":
-            self._way, self._told_way = state["episodes"]
+            self._way, self._ran = state["episodes"]
 
     # Episodes ------------------------------------------------------------------------------------
 
@@ -196,8 +196,8 @@ class MT3(Adapter):
             logits, losses, finite = self._tried_together(images, numbers)
         else:
             logits, losses, finite = self._one_by_one(images, numbers)
-            if self.episodes != "loop" and not self._told_way.startswith("loop"):
-                self._told_way = "loop (attached terms, or single images)"
+            if self.episodes != "loop" and not self._ran.startswith("loop"):
+                self._ran = "loop (attached terms, or single images)"
         finite = finite & torch.isfinite(logits).all(dim=1)
         if not finite.all():
             failed = ~finite
@@ -237,7 +237,7 @@ class MT3(Adapter):
                     f"{self.in_flight} at once: {str(error).strip().splitlines()[0]} Lower "
                     "in_flight, or set episodes: loop."
                 ) from error
-        self._way, self._told_way = "loop", "loop (vmap failed on a larger batch)"
+        self._way, self._ran = "loop", "loop (vmap failed on a larger batch)"
         return self._one_by_one(images, numbers)
 
     @torch.no_grad()
@@ -273,7 +273,7 @@ class MT3(Adapter):
             return (_clock(images.device) - start) / len(images)
 
         if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            self._way, self._told_way = "loop", "loop (vmap would not use autocast on a CPU)"
+            self._way, self._ran = "loop", "loop (vmap would not use autocast on a CPU)"
             return
         loop = seconds(self._one_by_one)
         try:
@@ -281,11 +281,11 @@ class MT3(Adapter):
                 warnings.filterwarnings("ignore", ".*performance drop")  # it is measured here
                 vmap = seconds(self._together)
         except RuntimeError:  # out of memory, or something in the network that vmap cannot do
-            self._way, self._told_way = "loop", "loop (vmap does not run here)"
+            self._way, self._ran = "loop", "loop (vmap does not run here)"
             return
         self._way = "vmap" if loop > _WORTH * vmap else "loop"
         measured = f"measured: {loop:.3g} s an image in a loop, {vmap:.3g} with vmap"
-        self._told_way = f"{self._way} ({measured})"
+        self._ran = f"{self._way} ({measured})"
 
     def _told(self, losses: Tensor, finite: Tensor) -> StepReport:
         """Report what happened; warn of images that no step could be taken for."""

@@ -168,6 +168,14 @@ class TestContract:
         assert torch.isfinite(logits).all()
         assert all(torch.isfinite(t).all() for t in adapter.moving_tensors().values())
 
+    def test_what_autocast_remembers_of_parameters_changes_nothing(self, make, norm):
+        replayed = []
+        for remembers in (True, False):
+            adapter = make(make_network(norm))
+            with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=remembers):
+                replayed.append(replay(adapter, make_batches()))
+        assert torch.equal(*replayed)
+
     def test_a_copy_is_independent(self, make, norm):
         adapter = make(make_network(norm))
         replay(adapter, make_batches(1))

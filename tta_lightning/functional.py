@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,17 @@ def keep_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return tensor.to(moved.device) if moved.dtype in HALF else moved
 
     return move
+
+
+@contextmanager
+def without_cast_cache() -> Iterator[None]:
+    """Keep autocast from remembering a parameter: one that changes inside is cast anew each time."""
+    was_enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was_enabled)
 
 
 def all_finite(*tensors: Tensor) -> bool:

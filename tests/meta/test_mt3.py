@@ -413,7 +413,7 @@ def test_validation_changes_nothing():
 def test_dropout_stays_off():
     (_, plain), (_, dropped) = (
         fit(make_module(), val=True),
-        fit(make_module(make_network(dropout=0.5)), val=True, epochs=1),
+        fit(make_module(make_network(dropout=0.5)).train(), val=True, epochs=1),
     )
     assert not any(dropped.modes)
     for one, other in zip(plain.weights, dropped.weights, strict=True):

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs, map_tensors
 from tta_lightning.errors import InputError
-from tta_lightning.functional import keep_float32, wide
+from tta_lightning.functional import keep_float32, wide, without_cast_cache
 from tta_lightning.models.norms import batch_norm_layers, use_batch_statistics
 from tta_lightning.rules import UpdateRule
 from tta_lightning.rules.base import require
@@ -128,7 +128,7 @@ class CoTTA(Adapter):
             Logits ``[B, C]`` of the teacher as it was before the update, without graph.
         """
         self.ready()
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), without_cast_cache():
             if images.is_inference():
                 images = images.clone()
             generator = self._generator(images.device)
@@ -160,7 +160,7 @@ class CoTTA(Adapter):
             Logits ``[B, C]`` of the teacher, without graph.
         """
         self.ready()
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), without_cast_cache():
             return self._ask_teacher(images, self._generator(images.device))
 
     @torch.no_grad()

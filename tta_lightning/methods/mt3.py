@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs, StepReport, restricted
 from tta_lightning.errors import InputError, unknown_name
-from tta_lightning.functional import all_finite
+from tta_lightning.functional import all_finite, without_cast_cache
 from tta_lightning.inner_loop import InnerLoop, Parameters, Target, embed, inner_adapt
 from tta_lightning.models.byol import Embedder
 from tta_lightning.rules import SGD
@@ -137,7 +136,7 @@ class MT3(Adapter):
             self.report = StepReport(reason="there is no image")
             predicted: Tensor = self(images).detach()
             return predicted
-        with torch.inference_mode(False), torch.enable_grad(), _without_cast_cache():
+        with torch.inference_mode(False), torch.enable_grad(), without_cast_cache():
             if images.is_inference():
                 images = images.clone()
             served = int(self.memory.get(_SERVED, 0))
@@ -307,17 +306,6 @@ def _check_images(images: Tensor) -> None:
             f"MT3 got images of shape {list(images.shape)} and type {images.dtype}; it expects "
             "floating-point images [B, 3, H, W] in [0, 1]."
         )
-
-
-@contextmanager
-def _without_cast_cache() -> Iterator[None]:
-    """Keep autocast from remembering parameters that are forgotten after each image."""
-    was_enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(was_enabled)
 
 
 def _clock(device: torch.device) -> float:

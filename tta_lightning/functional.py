@@ -94,7 +94,7 @@ def keep_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def without_cast_cache() -> Iterator[None]:
-    """Keep autocast from remembering a parameter: one that changes inside is cast anew each time."""
+    """Keep autocast from remembering parameters: those that change inside are cast each time."""
     was_enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -208,6 +208,7 @@ def test_validation_is_that_of_the_network_as_it_is():
         ({"ssl_weight": float("nan")}, "ssl_weight = nan"),
         ({"tau_base": 1.1}, "tau_base = 1.1 is out of range: expected 0 <= tau_base <= 1"),
         ({"tau_base": -0.1}, "tau_base = -0.1"),
+        ({"seed": -1}, "seed = -1 is out of range: expected 0 or more"),
         ({"schedule": "constnat"}, "Did you mean 'constant'?"),
         ({"warmup": 1.0}, "warmup = 1.0"),
     ],

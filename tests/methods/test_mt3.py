@@ -13,7 +13,7 @@ from tests.loops.test_adaptation import quiet
 from tests.models.test_loading import write_checkpoint
 from tests.networks import LayerNormNet, are_equal, make_batches, make_network, tensors_of
 from tests.streams import make_stream
-from tta_lightning.callbacks import STAG, CostMonitor
+from tta_lightning.callbacks import STAG, AdaptCallback, CostMonitor
 from tta_lightning.errors import InputError
 from tta_lightning.inner_loop import InnerLoop, inner_adapt
 from tta_lightning.meta import JointTraining
@@ -350,6 +350,23 @@ class TestTerms:
         assert adapter.report.loss.item() == pytest.approx(loss.item(), abs=1e-12)
         assert not torch.equal(found, make_mt3(network, steps=2).adapt_step(image))
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_see_the_classes_of_the_stream_in_any_grad_mode(self, mode):
+        seen = []
+
+        def term(out, head):
+            seen.append(out.logits.detach())
+            return out.logits.square().mean()
+
+        adapter = make_mt3()
+        adapter.restrict_classes([7, 2, 5])
+        adapter.terms.append(term)
+        with mode():
+            logits = adapter.adapt_step(IMAGES * 1)
+        full = make_mt3()(IMAGES)[:, [7, 2, 5]].detach()
+        torch.testing.assert_close(torch.cat(seen), full, rtol=0, atol=1e-5)
+        assert (logits - full).abs().max() > 1e-4
+
     def test_stag_of_no_weight_is_bit_identical_and_of_some_is_not(self):
         def predicted(weight):
             adapter = make_mt3(episodes="vmap")  # terms run in the loop
@@ -612,6 +629,20 @@ def test_the_manifest_says_how_episodes_ran(tmp_path, monkeypatch):
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["method"]["episodes"] == "vmap (measured: 5 s an image in a loop, 1 with vmap)"
     assert manifest["method"]["hyper_parameters"]["episodes"] == "auto"
+
+
+def test_the_manifest_of_a_run_that_stopped_says_so_too(tmp_path, monkeypatch):
+    class Stops(AdaptCallback):
+        def on_adapt_batch_end(self, trainer, adapter, logits, batch, batch_idx):
+            if batch_idx == 2:
+                raise RuntimeError("stopped")
+
+    Clock(monkeypatch, 5.0, 1.0)
+    trainer = quiet(Stops(), run_dir=tmp_path / "run")
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer.adapt(make_mt3(episodes="auto"), datamodule=make_stream())
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["method"]["episodes"].startswith("vmap (measured")
 
 
 def test_the_manifest_says_that_terms_run_in_the_loop(tmp_path):

@@ -179,6 +179,11 @@ def test_a_backbone_without_linear_head():
         )
 
 
+def test_heads_upon_heads():
+    with pytest.raises(InputError, match=r"^BYOLHeads.*has BYOL heads already, which new ones"):
+        BYOLHeads(BYOLHeads(make_network("gn")))
+
+
 def test_a_network_without_heads():
     with pytest.raises(InputError, match=r"SmallConvNet has no BYOL heads.*wrap it") as caught:
         find_byol_heads(SmallConvNet(width=8))

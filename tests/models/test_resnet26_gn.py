@@ -137,6 +137,12 @@ def test_groups_that_do_not_divide_the_width(width, groups):
         ResNet26GN(width=width, groups=groups)
 
 
+@pytest.mark.parametrize("sides", [(30, 32), (32, 30), (0, 32)])
+def test_sides_that_cannot_be_halved_twice(sides):
+    with pytest.raises(InputError, match=f"{sides[0]} x {sides[1]} px. Give sides that are mult"):
+        ResNet26GN(width=16)(torch.zeros(1, 3, *sides))
+
+
 def test_the_head_of_the_supervised_baseline_has_no_bias():
     network = ResNet26GN(head_bias=False)
     assert network.head.bias is None

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
+from tests.meta.running import quiet_trainer
 from tta_lightning.data import ArraySource, LabelledTasks
 from tta_lightning.errors import InputError
 from tta_lightning.meta import MT3
-from tta_lightning.trainer import Trainer
 
 NETWORK = {
     "spec": "tta_lightning.models.BYOLHeads",
@@ -93,18 +93,7 @@ def make_module(**options):
 
 
 def make_trainer(*callbacks, **options):
-    given = {
-        "run_dir": False,
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-    }
-    return Trainer(callbacks=list(callbacks), **{**given, **options})
+    return quiet_trainer(*callbacks, **{"max_epochs": 2, **options})
 
 
 def train(name, **options):

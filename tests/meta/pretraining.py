@@ -6,13 +6,13 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from tests.meta.ddp_worker import Trace
+from tests.meta.running import quiet_trainer
 from tests.networks import make_batches, make_network
 from tests.streams import make_source
 from tta_lightning.data import ShiftedImages
 from tta_lightning.meta import MGGPretraining
 from tta_lightning.methods import MGTTA, Tent
 from tta_lightning.rules import MGG
-from tta_lightning.trainer import Trainer
 
 INNER_LR, LR = 0.05, 0.01
 UNLABELLED = torch.full((4,), -1)
@@ -52,16 +52,7 @@ def make_module(norm="ln", rule=None, **options):
 
 
 def make_trainer(*callbacks, epochs=1, **options):
-    given = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-    }
-    return Trainer(run_dir=False, callbacks=[*callbacks], max_epochs=epochs, **{**given, **options})
+    return quiet_trainer(*callbacks, max_epochs=epochs, **options)
 
 
 class Gradients(Callback):

@@ -1,8 +1,6 @@
 """Pre-training in two processes equals pre-training in one."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +9,10 @@ import torch
 import yaml
 
 from tests.meta.ddp_worker import UNROLL, pretrain
+from tests.meta.running import ROOT, run_process
 from tta_lightning.models import SmallConvNet
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
-ROOT = WORKER.parents[2]
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -23,16 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def call(folder, *command):
-    """Run a command in a folder, with one thread a process; return what it printed."""
-    done = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    """Run a command that must succeed; return what it printed."""
+    done = run_process(folder, *command)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

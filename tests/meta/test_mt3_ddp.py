@@ -1,7 +1,5 @@
 """Meta-training in two processes equals meta-training in one (T19)."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,9 +8,9 @@ import torch
 import yaml
 
 from tests.meta.mt3_worker import RUNS, make_module, make_trainer, tasks, train
+from tests.meta.running import ROOT, run_process
 
 WORKER = Path(__file__).with_name("mt3_worker.py")
-ROOT = WORKER.parents[2]
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -25,15 +23,7 @@ def ranks(tmp_path_factory):
     """What two processes with two of the four tasks each wrote, one dict of runs a process."""
     folder = tmp_path_factory.mktemp("mt3_ddp")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, WORKER, folder],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run_process(folder, sys.executable, *launcher, WORKER, folder)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 

@@ -1,8 +1,6 @@
 """Checkpoints, interruption and wrong input of the meta-training of MT3."""
 
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,12 +12,11 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.meta.mt3_worker import NETWORK, Trace, make_module, make_trainer, source, tasks
+from tests.meta.running import run_process
 from tests.networks import are_equal
 from tta_lightning.data import LabelledImages
 from tta_lightning.errors import InputError
 from tta_lightning.models import load_model
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
@@ -204,16 +201,8 @@ def test_a_killed_process_is_resumed(config, finished, tta):
     path = config.with_name("killed.yaml")
     path.write_text(yaml.safe_dump(content))
     command = [Path(sys.executable).with_name("tta"), "fit", "-c", path]
-    threads = str(torch.get_num_threads())  # another number of threads sums in another order
-    done = subprocess.run(
-        [*command, "--trainer.run_dir", "killed"],
-        env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)},
-        cwd=config.parent,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    tried = (*command, "--trainer.run_dir", "killed")
+    done = run_process(config.parent, *tried, threads=torch.get_num_threads())
     assert done.returncode == -signal.SIGKILL, done.stderr
     saved = config.parent / "killed" / "checkpoints"
     last = max(saved.glob("*.ckpt"), key=lambda path: int(path.stem))

@@ -9,13 +9,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs, map_tensors
 from tta_lightning.errors import InputError
 from tta_lightning.functional import keep_float32, wide, without_cast_cache
+from tta_lightning.methods.augment import augment
 from tta_lightning.models.norms import batch_norm_layers, use_batch_statistics
 from tta_lightning.rules import UpdateRule
 from tta_lightning.rules.base import require
@@ -50,10 +49,11 @@ class CoTTA(Adapter):
         theta  <- M * theta0 + (1 - M) * theta,    each entry of M being 1 with probability p
 
     ``y'`` ``[B, C]``, the teacher's logits, is the prediction, made before the update. alpha =
-    ``mt``, p = ``rst``, p_th = ``ap``, N = ``n_augmentations``; :func:`augment` draws a view. Every
-    parameter moves. Student, teacher and source model share one network, whose weights are
-    exchanged, so three sets of weights are held; the teacher's are in float32 at least, as half
-    precision would lose steps of 1 - alpha. Attached terms see the student's forward pass.
+    ``mt``, p = ``rst``, p_th = ``ap``, N = ``n_augmentations``; a view is drawn by
+    :func:`~tta_lightning.methods.augment.augment`. Every parameter moves. Student, teacher and
+    source model share one network, whose weights are exchanged, so three sets of weights are held;
+    the teacher's are in float32 at least, as half precision would lose steps of 1 - alpha. Attached
+    terms see the student's forward pass.
 
     All random numbers come from ``seed`` and the number of steps since the last reset: a reset or a
     resumed run replays them on the same device, and no other random number is touched.
@@ -232,75 +232,6 @@ class CoTTA(Adapter):
         if teacher is not None:
             self.memory = {**self.memory, _TEACHER: map_tensors(keep_float32(fn), teacher)}
         return self
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one augmented view of a batch, as the published code for CIFAR does.
-
-    In this order: brightness x 0.6 to 1.4, contrast x 0.7 to 1.3, saturation x 0.5 to 1.5, hue
-    -0.06 to 0.06 turns and gamma 0.7 to 1.3, shuffled; half the side of edge padding; rotation by
-    up to 15 degrees, shift by up to 1/16 of the padded side, scale 0.9 to 1.1; Gaussian blur with 5
-    taps and a deviation of 0.001 to 0.5 px; centre crop; horizontal flip with probability 0.5;
-    Gaussian noise of deviation 0.005. Computed in float32 at least, also under autocast: in half
-    precision the grid of the rotation is too coarse, and pixels of padded images come out as NaN.
-
-    Args:
-        images: ``[B, 3, H, W]`` in [0, 1]; other values are clipped.
-        generator: On the device of the images.
-
-    Returns:
-        A view ``[B, 3, H, W]`` in [0, 1], of the images' dtype. All images of the batch share the
-        numbers that were drawn; the noise alone is each pixel's own.
-    """
-    with torch.autocast(images.device.type, enabled=False):
-        return _view(wide(images), generator).to(images.dtype)
-
-
-def _view(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a view of images that are not in half precision."""
-    drawn = torch.rand(16, generator=generator, device=generator.device).tolist()
-    height, width = images.shape[-2:]
-    view = _jitter(images.clamp(0, 1), shuffle=drawn[:5], strength=drawn[5:10])
-    view = F.pad(view, [width // 2, height // 2], padding_mode="edge")
-    angle, right, down, scale, deviation, flip = drawn[10:]
-    view = F.affine(
-        view,
-        angle=_between(-15, 15, angle),
-        translate=[
-            round(_between(-1, 1, right) * view.shape[-1] / 16),
-            round(_between(-1, 1, down) * view.shape[-2] / 16),
-        ],
-        scale=_between(0.9, 1.1, scale),
-        shear=[0.0, 0.0],
-        interpolation=InterpolationMode.BILINEAR,
-    )
-    view = F.gaussian_blur(view, [5, 5], [_between(0.001, 0.5, deviation)] * 2)
-    view = F.center_crop(view, [height, width])
-    if flip < 0.5:
-        view = F.horizontal_flip(view)
-    noise = torch.randn(
-        view.shape, generator=generator, device=generator.device, dtype=images.dtype
-    )
-    return torch.clamp(view + 0.005 * noise, 0, 1)
-
-
-def _jitter(images: Tensor, shuffle: list[float], strength: list[float]) -> Tensor:
-    """Change the colours in five ways, one after the other in the order of ``shuffle``."""
-    ways = [
-        lambda view: F.adjust_brightness(view, _between(0.6, 1.4, strength[0])),
-        lambda view: F.adjust_contrast(view, _between(0.7, 1.3, strength[1])),
-        lambda view: F.adjust_saturation(view, _between(0.5, 1.5, strength[2])),
-        lambda view: F.adjust_hue(view, _between(-0.06, 0.06, strength[3])),
-        lambda view: F.adjust_gamma(view, _between(0.7, 1.3, strength[4])),
-    ]
-    for place in sorted(range(len(ways)), key=shuffle.__getitem__):
-        images = ways[place](images)
-    return images
-
-
-def _between(low: float, high: float, drawn: float) -> float:
-    """Map a number drawn from [0, 1) to [low, high)."""
-    return low + (high - low) * drawn
 
 
 def _fraction(name: str, value: float) -> float:

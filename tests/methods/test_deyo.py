@@ -242,7 +242,7 @@ class TestFilters:
         kept = images.clone()
         reference.step(images)
         adapter.adapt_step(images)
-        assert [len(each) for each in seen] == [16, 16 - reference.unsure]
+        assert [len(each) for each in seen[:2]] == [16, 16 - reference.unsure]
         assert torch.equal(images, kept)  # the user's tensor is not written to
 
     def test_a_lone_sure_sample_has_batch_statistics_of_its_own(self):

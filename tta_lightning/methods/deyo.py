@@ -15,6 +15,7 @@ from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs, StepReport
 from tta_lightning.errors import InputError, unknown_name
 from tta_lightning.functional import RELIABLE, entropy, entropy_margin, wide
+from tta_lightning.methods.selection import logits_of_kept
 from tta_lightning.models.norms import batch_norm_layers, fix_upper_norms, without_advice
 from tta_lightning.rules import UpdateRule
 from tta_lightning.rules.base import require
@@ -39,7 +40,8 @@ class DeYO(Adapter):
     ``margin_e0``. ``x'`` is ``x`` with the shape of its object destroyed and its colours kept; the
     network sees the ``x'`` of the samples with ``H_i < tau`` in a second forward pass, without
     gradient. The weights are not differentiated. Affine parameters of normalisation layers move.
-    Where S is empty nothing does.
+    Where S is empty nothing does. Without batch normalisation the backward pass runs over S alone;
+    see :func:`~tta_lightning.methods.selection.logits_of_kept`.
 
     How images are destroyed (``aug_type``):
 
@@ -138,16 +140,16 @@ class DeYO(Adapter):
         classes = out.logits.shape[1]
         margin = entropy_margin(self.deyo_margin, SURE, classes)
         reference = entropy_margin(self.margin_e0, RELIABLE, classes)
-        entropies = entropy(out.logits)
-        out.selected = entropies.detach() < margin
+        entropies = entropy(out.logits.detach())
+        out.selected = entropies < margin
         if not out.selected.any():
             return None
         plpd = self._plpd(out.logits.detach(), images, out.selected)
         out.selected = plpd > self.plpd_threshold
         if not out.selected.any():
             return None
-        kept = entropies[out.selected]
-        weights = (reference - kept.detach()).exp() + plpd[out.selected].exp()
+        kept = entropy(logits_of_kept(self, out, images))
+        weights = (reference - entropies[out.selected]).exp() + plpd[out.selected].exp()
         return (weights * kept).mean()
 
     def learn(self, out: Outputs, images: Tensor) -> StepReport:

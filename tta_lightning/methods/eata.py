@@ -13,6 +13,7 @@ from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs, StepReport, map_tensors
 from tta_lightning.errors import InputError
 from tta_lightning.functional import RELIABLE, entropy, entropy_margin, keep_float32, wide
+from tta_lightning.methods.selection import logits_of_kept
 from tta_lightning.rules import UpdateRule
 from tta_lightning.rules.base import require
 
@@ -34,7 +35,8 @@ class EATA(Adapter):
     of predictions, ``0.9 * m + 0.1 * mean_{i in S} p_i`` after each batch that was learnt from;
     before there is one, all reliable samples are kept. The weights are not differentiated.
     ``theta`` are the affine parameters of normalisation layers, ``theta0`` those of the source
-    model. Where S is empty nothing moves, the penalty included.
+    model. Where S is empty nothing moves, the penalty included. Without batch normalisation the
+    backward pass runs over S alone; see :func:`~tta_lightning.methods.selection.logits_of_kept`.
 
     ``F_j`` is measured by :meth:`prepare` on clean images and needs no labels: the model's own
     predictions stand for them. As in the published code it is the mean over batches of the squared
@@ -130,13 +132,13 @@ class EATA(Adapter):
                 "matter, and has seen no clean images. Call prepare(clean) with batches of clean "
                 "images first, set `clean` of the stream, or set fisher_alpha=0 (ETA)."
             )
-        entropies = entropy(out.logits)
+        entropies = entropy(out.logits.detach())
         margin = entropy_margin(self.e_margin, RELIABLE, out.logits.shape[1])
-        out.selected = (entropies.detach() < margin) & self._is_new(out.logits)
+        out.selected = (entropies < margin) & self._is_new(out.logits)
         if not out.selected.any():
             return None
-        kept = entropies[out.selected]
-        weights = (margin - kept.detach()).exp()
+        kept = entropy(logits_of_kept(self, out, images))
+        weights = (margin - entropies[out.selected]).exp()
         return (weights * kept).mean() + self._penalty()
 
     def learn(self, out: Outputs, images: Tensor) -> StepReport:

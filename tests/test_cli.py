@@ -20,6 +20,7 @@ from PIL import Image
 
 import tta_lightning
 from tests.conftest import CONFIGS, CPU, read_csv, read_json
+from tests.data.test_published import put_cifar_c
 from tta_lightning.cli import main
 from tta_lightning.models import SmallConvNet, checkpoint_record, load_model
 
@@ -115,6 +116,21 @@ def episodic_options(request, folder):
     return ["-c", CONFIGS / "stream" / "digits.yaml", *network, *SMALL]
 
 
+def cifar_c_options(request, folder):
+    put_cifar_c(folder / "files", count=20, side=32)
+    network = ("--model.network", '{"spec": "tta_lightning.models.SmallConvNet"}')
+    return ["-c", CONFIGS / "adapt/source.yaml", *network, "--data.source.root", "files"]
+
+
+def imagenet_c_options(request, folder):
+    for corruption in ("fog", "snow"):
+        wnids = ("n02123045", "n01440764")
+        request.getfixturevalue("noise_images")(folder / "files" / corruption / "5", *wnids)
+    network = {"spec": "timm:resnet10t", "pretrained": False, "num_classes": 2}
+    options = ["--model.network", json.dumps(network), "--data.image_size", "64"]
+    return ["-c", CONFIGS / "adapt/source.yaml", *options, "--data.source.root", "files"]
+
+
 def pretraining_options(request, folder):
     pytest.importorskip("mlxtend")
     network = ("--model.method.network", request.getfixturevalue("digits_checkpoint"))
@@ -138,8 +154,17 @@ WITH_DATA = {
     "adapt/imagenet_folder.yaml": imagenet_options,
     "adapt/image_folder.yaml": image_folder_options,
     "adapt/mt3.yaml": episodic_options,
+    "adapt/ttt.yaml": episodic_options,
+    "stream/cifar10_c.yaml": cifar_c_options,
+    "stream/imagenet_c.yaml": imagenet_c_options,
 }
 
+
+# Settings that clean images do not fit.
+SHIFTED = {
+    f"stream/{name}.yaml": ("--data.corruptions", "[fog, contrast]")
+    for name in ("gradual", "gradual_correlated")
+}
 
 ELSEWHERE = {"trainer/ddp.yaml"}  # two processes: tests/meta/test_mgg_ddp.py
 
@@ -167,7 +192,7 @@ def arguments_for(config, request, folder):
     if kind == "adapt" and "data" not in yaml.safe_load((CONFIGS / config).read_text()):
         return ["adapt", *given, *digits, *network, *SMALL]
     if kind in ("stream", "trainer"):
-        return ["adapt", *source, *digits, *given, *network, *SMALL]
+        return ["adapt", *source, *digits, *given, *network, *SMALL, *SHIFTED.get(config, ())]
     pytest.fail(f"configs/{config} is run by no test: say here how it is run")
 
 

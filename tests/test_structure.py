@@ -45,7 +45,7 @@ MAY_IMPORT = {
         *("errors", "describe", "functional", "rules", "models", "data", "adapter"),
         *("contract", "methods", "runs", "report"),
     },
-    "loops": {"errors", "functional", "models", "data", "adapter"},
+    "loops": {"errors", "functional", "models", "data", "adapter", "contract"},
     "trainer": {"errors", "models", "data", "adapter", "callbacks", "loops", "runs"},
 }
 SEES_EVERYTHING = {"cli", "explain", "__init__"}

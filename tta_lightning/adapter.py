@@ -63,6 +63,7 @@ class Adapter(AdaptOnly):
     """
 
     predicts = "before update"  # episodic methods say "after update"
+    episodic = False  # whether it learns from each image by itself, and forgets
 
     def __init__(
         self, network: str | dict[str, Any] | nn.Module, rule: UpdateRule | None = None

@@ -1,12 +1,14 @@
 """Plans and scenarios: order, coverage, batches, serialisation."""
 
 import json
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 
 from tta_lightning.data import Domain, Plan, Segment
+from tta_lightning.data.plan import concatenate
 from tta_lightning.data.scenarios import SCENARIOS
 from tta_lightning.errors import InputError
 
@@ -29,10 +31,20 @@ def make(name, seed=0):
 
 @pytest.mark.parametrize("name", SCENARIOS)
 class TestEveryScenario:
-    def test_every_sample_meets_every_domain_once(self, name):
+    def test_every_segment_holds_every_sample_of_its_domains_once(self, name):
         plan = make(name)
-        pairs = list(zip(plan.samples.tolist(), plan.domain_ids.tolist(), strict=True))
-        assert sorted(pairs) == sorted((s, d) for s in SUBSET.tolist() for d in range(3))
+        for segment in plan.segments:
+            here = slice(segment.start, segment.stop)
+            ids = plan.domain_ids[here].tolist()
+            pairs = zip(plan.samples[here].tolist(), ids, strict=True)
+            assert sorted(pairs) == sorted(product(SUBSET.tolist(), set(ids)))
+        assert set(plan.domains) >= set(DOMAINS)
+        assert set(plan.domain_ids.tolist()) == set(range(len(plan.domains)))
+
+    def test_names_are_unique(self, name):
+        plan = make(name)
+        assert len({segment.name for segment in plan.segments}) == len(plan.segments)
+        assert len(set(plan.domains)) == len(plan.domains)
 
     def test_the_seed_decides(self, name):
         assert make(name).digest == make(name).digest
@@ -45,6 +57,8 @@ class TestEveryScenario:
         assert loaded.digest == plan.digest
         assert list(loaded.batches(2)) == list(plan.batches(2))
         assert loaded.segments == plan.segments
+        for setting in ("batch_size", "window", "reset_each_batch"):
+            assert getattr(loaded, setting) == getattr(plan, setting)
 
     def test_batches_cover_in_order_and_respect_segments(self, name):
         plan = make(name)
@@ -61,10 +75,11 @@ class TestEveryScenario:
         ("reset_each_shift", "53a038328b49558a8920d8ed827a174376a5bab1c9b66f3b5677abd508ec238e"),
         ("continual", "92c132c7dd2bc0c9a264148cfffb4e4600199866aa16e119ea6d5bfa3a741a67"),
         ("mixed_domains", "342390533f00658d78b24898fc19ef17d0fe67dc83da72ed0850890a05396d90"),
+        ("label_shift", "22fc100e5aca70981558afa42630312d115f353387c15ca84d40a6c43316d38b"),
     ],
 )
 def test_plans_stay_what_they_were(name, digest):
-    """Of the first version, which scenarios did not yet give labels to."""
+    """Three of the first version, and all before plans had a batch size or a window."""
     assert make(name).digest == digest
 
 
@@ -99,6 +114,30 @@ def test_batches_by_hand():
         [7, 8, 9, 10, 11],
     ]
     assert [plan.segment_at(p) for p in (0, 6, 7, 13, 14, 20)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_settings_are_part_of_the_digest_where_they_are_set():
+    plan = make("continual")
+    one_by_one = replace(plan, batch_size=1)
+    others = [one_by_one, replace(one_by_one, window=4), replace(plan, reset_each_batch=True)]
+    assert len({p.digest for p in (plan, *others)}) == 4
+    assert set(plan.to_dict()) == set(PLAN)
+    assert {p.subset_digest for p in (plan, *others)} == {plan.subset_digest}
+
+
+def test_visits_are_counted():
+    fog, snow = Domain("fog", 1), Domain("snow", 1)
+    orders = [np.array([0, 1]), np.array([2]), np.array([1]), np.array([3, 4])]
+    plan = concatenate("x", orders, [fog, snow, fog, fog], reset=False)
+    assert [(s.name, s.start, s.stop) for s in plan.segments] == [
+        ("fog-1", 0, 2),
+        ("snow-1", 2, 3),
+        ("fog-1 (2)", 3, 4),
+        ("fog-1 (3)", 4, 6),
+    ]
+    assert plan.domains == (fog, snow)
+    assert plan.domain_ids.tolist() == [0, 0, 1, 0, 0, 0]
+    assert plan.samples.tolist() == [0, 1, 2, 1, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +175,15 @@ def test_batches_by_hand():
         (json.dumps(PLAN | {"domain_ids": [0, 1]}), "domain 1 of 1"),
         (json.dumps(PLAN | {"domains": [["fog"]]}), "Not a plan"),
         (json.dumps(PLAN | {"segments": [["fog-5", 0]]}), "Not a plan"),
+        (json.dumps(PLAN | {"batch_size": 0}), "batch_size = 0"),
+        (json.dumps(PLAN | {"batch_size": 1, "window": 0}), "window = 0"),
+        (json.dumps(PLAN | {"window": 4}), "one by one"),
+        (json.dumps(PLAN | {"batch_size": 2, "window": 4}), "one by one"),
+        (
+            json.dumps(PLAN | {"batch_size": 1, "window": 4, "reset_each_batch": True}),
+            "no reset before every batch",
+        ),
+        (json.dumps(PLAN | {"batch_size": "many"}), "Not a plan"),
     ],
 )
 def test_files_that_are_no_plan(content, message, tmp_path):

@@ -28,16 +28,18 @@ from tta_lightning.errors import InputError
 SIDE = 4
 
 
-def put_cifar_c(root: Path, count: int = 3, names: tuple[str, ...] = ("fog", "snow")) -> Path:
+def put_cifar_c(
+    root: Path, count: int = 3, names: tuple[str, ...] = ("fog", "snow"), side: int = SIDE
+) -> Path:
     """Write arrays in which the first pixel tells corruption, severity and index."""
     root.mkdir(exist_ok=True)
     for number, name in enumerate(names):
-        images = np.zeros((5 * count, SIDE, SIDE, 3), np.uint8)
+        images = np.zeros((5 * count, side, side, 3), np.uint8)
         images[:, 0, 0, 0] = number
         images[:, 0, 0, 1] = np.repeat(np.arange(1, 6), count)
         images[:, 0, 0, 2] = np.tile(np.arange(count), 5)
         np.save(root / f"{name}.npy", images)
-    np.save(root / "labels.npy", np.tile(np.arange(count)[::-1], 5).astype(np.uint8))
+    np.save(root / "labels.npy", np.tile(np.arange(count)[::-1] % 10, 5).astype(np.uint8))
     return root
 
 

@@ -1,5 +1,6 @@
 """The stream serves its plan, whoever loads it and in whatever batches."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -130,6 +131,40 @@ def test_options_in_the_description(tmp_path):
     assert again["plan_sha256"] == milder.plan.digest
 
 
+def test_the_plan_decides_how_it_is_served(tmp_path):
+    clean = make_source(seed=9)
+    stream = make_stream(scenario="sliding_window", scenario_options={"window": 7}, clean=clean)
+    loader = stream.test_dataloader()
+    assert len(loader) == 24
+    assert [len(batch.images) for batch in loader] == [1] * 24
+    assert [len(images) for images in stream.clean_batches()] == [5, 5, 2]
+    described = stream.describe()
+    assert (described["batch_size"], described["clean_batch_size"]) == (1, 5)
+    assert described["window"] == 7
+    assert "reset_each_batch" not in described
+    stream.plan.save(tmp_path / "plan.json")
+    again = make_stream(plan=str(tmp_path / "plan.json")).describe()
+    assert (again["scenario"], again["batch_size"], again["window"]) == ("sliding_window", 1, 7)
+    assert "clean_batch_size" not in again  # it has no clean images
+    assert make_stream(scenario="episodic").describe()["reset_each_batch"] is True
+    plain = make_stream(clean=clean).describe()
+    assert plain["batch_size"] == 5
+    assert not {"clean_batch_size", "window", "reset_each_batch"} & set(plain)
+
+
+def test_the_subset_is_known_by_its_hash():
+    """Whatever the order, and however often an image comes."""
+    seven = [make_stream(limit=7, subset="first", seed=s, scenario=n) for s, n in enumerate(SOME)]
+    expected = hashlib.sha256(json.dumps([0, 1, 2, 3, 4, 5, 6]).encode()).hexdigest()
+    assert {stream.describe()["subset_sha256"] for stream in seven} == {expected}
+    sampled = make_stream(limit=7, seed=1).describe()
+    assert sampled["subset_sha256"] != expected
+    assert (sampled["limit"], sampled["subset"], sampled["seed"]) == (7, "sample", 1)
+
+
+SOME = ("continual", "mixed_domains", "recurring", "gradual", "correlated", "single_sample")
+
+
 class OnDisk(ImageSource):
     """Two corruptions at two severities whose pixels say which they are."""
 
@@ -182,6 +217,8 @@ def test_corruptions_that_are_not_stored(options, message):
             {"scenario": "label_shift", "scenario_options": {"imbalance_ratio": 0.9}},
             "imbalance_ratio = 0.9: expected 1",
         ),
+        ({"scenario": "recurring", "scenario_options": {"rounds": 2.5}}, "rounds = 2.5"),
+        ({"scenario": "gradual", "corruptions": None}, "'none' is the image as it is"),
         ({"batch_size": 0}, "batch_size = 0"),
         ({"limit": 0}, "limit = 0"),
         ({"corruptions": []}, "empty list"),

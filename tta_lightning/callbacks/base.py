@@ -19,6 +19,10 @@ class AdaptCallback(Callback):
     Order: ``on_adapt_start``; for each segment ``on_adapt_reset`` (where the plan resets),
     ``on_adapt_segment_start``, its batches, ``on_adapt_segment_end``; ``on_adapt_end``. Any
     callback that has a method of such a name is called; deriving from this class is not needed.
+
+    A batch need not be learnt from: ``adapter.report`` says whether it was. In a stream with a
+    sliding window a batch is one image, predicted within the last ones, and the report says so of
+    all but every n-th.
     """
 
     def on_adapt_start(self, trainer: Trainer, adapter: Adapter) -> None:
@@ -34,7 +38,10 @@ class AdaptCallback(Callback):
         """Run after the last batch of a segment, before the next one resets the model."""
 
     def on_adapt_reset(self, trainer: Trainer, adapter: Adapter, reason: str) -> None:
-        """Run after the model returned to the source in mid-stream."""
+        """Run after the model returned to the source in mid-stream.
+
+        Resets before every batch (scenario ``episodic``) are not announced one by one.
+        """
 
     def on_adapt_batch_start(
         self, trainer: Trainer, adapter: Adapter, batch: StreamBatch, batch_idx: int
@@ -44,7 +51,7 @@ class AdaptCallback(Callback):
     def on_adapt_batch_end(
         self, trainer: Trainer, adapter: Adapter, logits: Tensor, batch: StreamBatch, batch_idx: int
     ) -> None:
-        """Run after a batch was predicted and learnt from; ``logits`` are ``[B, C]``."""
+        """Run after a batch was predicted and, where it was, learnt from; ``logits`` ``[B, C]``."""
 
     def describe(self) -> dict[str, Any]:
         """Return the options of this callback, as plain values for the manifest."""

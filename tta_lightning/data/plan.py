@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,10 @@ class Plan:
         domain_ids: Position of each sample's domain in ``domains``, ``[N]`` int64.
         domains: The domains that occur.
         segments: Consecutive and covering; see :class:`Segment`.
+        batch_size: Images a batch, where that is part of the setting; None leaves it to the stream.
+        window: Images come one by one, each is predicted together with the last ones before it,
+            this many in all, and the model learns once every so many; None for whole batches.
+        reset_each_batch: Whether the model returns to the source before every batch.
     """
 
     scenario: str
@@ -60,6 +65,9 @@ class Plan:
     domain_ids: NDArray[np.int64]
     domains: tuple[Domain, ...]
     segments: tuple[Segment, ...]
+    batch_size: int | None = None
+    window: int | None = None
+    reset_each_batch: bool = False
 
     def __post_init__(self) -> None:
         if len(self.samples) != len(self.domain_ids):
@@ -77,6 +85,17 @@ class Plan:
         starts = [segment.start for segment in self.segments]
         if starts != edges[:-1] or edges[-1] != len(self.samples):
             raise InputError("The segments of a plan must follow each other and cover all samples.")
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        for name, value in (("batch_size", self.batch_size), ("window", self.window)):
+            if value is not None and value < 1:
+                raise InputError(f"A plan has {name} = {value}. Expected 1 or more, or none.")
+        if self.window is not None and (self.batch_size != 1 or self.reset_each_batch):
+            raise InputError(
+                "A plan with a window serves its images one by one and keeps what was learnt: "
+                "expected batch_size = 1 and no reset before every batch."
+            )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -97,13 +116,19 @@ class Plan:
                 yield range(start, min(start + batch_size, segment.stop))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values."""
+        """Return the plan as plain values; settings that are not set are left out."""
+        settings = {
+            "batch_size": self.batch_size,
+            "window": self.window,
+            "reset_each_batch": self.reset_each_batch,
+        }
         return {
             "scenario": self.scenario,
             "samples": self.samples.tolist(),
             "domain_ids": self.domain_ids.tolist(),
             "domains": [[d.corruption, d.severity] for d in self.domains],
             "segments": [[s.name, s.start, s.stop, s.reset] for s in self.segments],
+            **{name: value for name, value in settings.items() if value},
         }
 
     @classmethod
@@ -122,6 +147,9 @@ class Plan:
                 segments=tuple(
                     Segment(str(n), int(a), int(b), bool(r)) for n, a, b, r in values["segments"]
                 ),
+                batch_size=_int_or_none(values.get("batch_size")),
+                window=_int_or_none(values.get("window")),
+                reset_each_batch=bool(values.get("reset_each_batch", False)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -155,8 +183,12 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of the plan: equal digests, equal streams."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _sha256(self.to_dict())
+
+    @property
+    def subset_digest(self) -> str:
+        """SHA-256 of which samples of the source occur: as a sorted JSON list of their indices."""
+        return _sha256(np.unique(self.samples).tolist())
 
 
 def concatenate(
@@ -166,21 +198,40 @@ def concatenate(
     *,
     reset: bool,
 ) -> Plan:
-    """Make a plan with one segment a domain.
+    """Make a plan with one segment a visit to a domain.
+
+    A segment is named after its domain; later visits to the same one are counted: ``fog-1``,
+    ``fog-1 (2)``.
 
     Args:
         scenario: Name of the scenario.
-        orders: For each domain the sample indices in their order.
-        domains: The domains, in the order of the stream.
+        orders: For each visit the sample indices in their order.
+        domains: The domain of each visit, in the order of the stream.
         reset: Whether the model returns to the source before each segment.
 
     Returns:
-        The plan.
+        The plan; it holds each domain once, in the order of their first visits.
     """
     stops = np.cumsum([len(order) for order in orders]).tolist()
     segments = tuple(
-        Segment(str(domain), stop - len(order), stop, reset)
-        for domain, order, stop in zip(domains, orders, stops, strict=True)
+        Segment(name, stop - len(order), stop, reset)
+        for name, order, stop in zip(_names_of_visits(domains), orders, stops, strict=True)
     )
-    ids = np.repeat(np.arange(len(domains)), [len(order) for order in orders])
-    return Plan(scenario, np.concatenate(orders), ids, tuple(domains), segments)
+    numbers = {domain: number for number, domain in enumerate(dict.fromkeys(domains))}
+    ids = np.repeat([numbers[domain] for domain in domains], [len(order) for order in orders])
+    return Plan(scenario, np.concatenate(orders), ids, tuple(numbers), segments)
+
+
+def _names_of_visits(domains: Sequence[Domain]) -> Iterator[str]:
+    visits: Counter[Domain] = Counter()
+    for domain in domains:
+        visits[domain] += 1
+        yield str(domain) if visits[domain] == 1 else f"{domain} ({visits[domain]})"
+
+
+def _sha256(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _int_or_none(value: Any) -> int | None:
+    return None if value is None else int(value)

@@ -11,17 +11,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tta_lightning.data.orders import dirichlet_order, label_shift_order
 from tta_lightning.data.plan import Domain, Plan, Segment, concatenate
 from tta_lightning.errors import InputError, unknown_name
 
 Indices: TypeAlias = NDArray[np.int64]
 Labels: TypeAlias = NDArray[np.int64]
 Scenario: TypeAlias = Callable[..., Plan]
+
+MOST_DELTA = 1_000_000  # shares that are equal to 1 in 1,000; far larger ones overflow their sum
 
 
 def reset_each_shift(
@@ -47,11 +52,8 @@ def mixed_domains(
     subset: Indices, labels: Labels, domains: Sequence[Domain], rng: np.random.Generator
 ) -> Plan:
     """All samples of all domains in one shuffled segment, without a reset (SAR's mixed shifts)."""
-    samples = np.tile(subset, len(domains))
-    ids = np.repeat(np.arange(len(domains)), len(subset))
-    order = rng.permutation(len(samples))
-    segment = Segment("mixed", 0, len(samples), reset=False)
-    return Plan("mixed_domains", samples[order], ids[order], tuple(domains), (segment,))
+    order = rng.permutation(len(subset) * len(domains))
+    return _one_segment("mixed_domains", subset, domains, order)
 
 
 def label_shift(
@@ -103,32 +105,248 @@ def label_shift(
             f"imbalance_ratio = {imbalance_ratio}: expected 1 (a shuffled stream) or more, up to "
             "inf (one class after the other)."
         )
-    unknown = int((labels < 0).sum())
-    if unknown:
-        raise InputError(
-            f"label_shift orders images by their class, but {unknown} of {len(labels)} have no "
-            "label. Use a source with labels for all images, or another scenario."
-        )
-    classes, own = np.unique(labels, return_inverse=True)
-    orders = [subset[_label_shift_order(own, len(classes), imbalance_ratio, rng)] for _ in domains]
+    own, classes = _own_classes("label_shift", labels)
+    orders = [subset[label_shift_order(own, classes, imbalance_ratio, rng)] for _ in domains]
     return concatenate("label_shift", orders, domains, reset=True)
 
 
-def _label_shift_order(
-    own: NDArray[np.intp], classes: int, ratio: float, rng: np.random.Generator
-) -> NDArray[np.intp]:
-    """Return positions ``[N]`` of samples whose classes ``[N]`` are 0 to ``classes - 1``."""
-    q_min = 1 / (ratio + classes - 1)
-    # Any time, the own one included, with C q_min and else the own: q_min each, q_max the own.
-    strays = rng.random(len(own)) < classes * q_min
-    own_time = rng.permutation(classes)[own]
-    time = np.where(strays, rng.integers(classes, size=len(own)), own_time)
-    return np.lexsort((rng.permutation(len(own)), time))  # by time, at random within one
+def correlated(
+    subset: Indices,
+    labels: Labels,
+    domains: Sequence[Domain],
+    rng: np.random.Generator,
+    *,
+    delta: float = 0.1,
+) -> Plan:
+    """One domain after the other, without a reset, each with neighbours of the same classes.
+
+    The practical test-time adaptation of RoTTA: "Robust Test-Time Adaptation in Dynamic Scenarios",
+    Yuan et al., CVPR 2023, https://arxiv.org/abs/2303.13899; its sampler is that of NOTE, Gong et
+    al., NeurIPS 2022, https://arxiv.org/abs/2208.05117. Time has S = min(C, 100) slots; class c is
+    shared out over them by ``p_c ~ Dirichlet(delta, ..., delta)``, and a slot plays its classes one
+    after the other: see :func:`~tta_lightning.data.orders.dirichlet_order`. A small delta puts a
+    class into few slots. A large one is no shuffle: every slot then holds a run of each class.
+
+    Departs from the published code in:
+
+    * The samples of a class are shuffled before they are cut and within their slot; there they keep
+      the order of the file.
+    * Batches end with their domain; there one batch may hold the end of one and the start of the
+      next.
+
+    Args:
+        subset: ``[N]``, the samples to stream.
+        labels: ``[N]``, their classes.
+        domains: In the order of the stream.
+        rng: Decides all shares and orders; each domain draws its own.
+        delta: Concentration, above 0 and up to 1,000,000.
+
+    Returns:
+        The plan, one segment a domain.
+
+    Raises:
+        InputError: A label is unknown, or delta is out of range.
+    """
+    order = _dirichlet("correlated", labels, delta, rng)
+    return concatenate("correlated", [subset[order()] for _ in domains], domains, reset=False)
+
+
+def gradual(
+    subset: Indices, labels: Labels, domains: Sequence[Domain], rng: np.random.Generator
+) -> Plan:
+    """Each corruption grows and wanes, severity 1, 2, ..., top, ..., 2, 1, without a reset.
+
+    The gradual setting of CoTTA: "Continual Test-Time Domain Adaptation", Wang et al., CVPR 2022,
+    https://arxiv.org/abs/2203.13591. The top is the severity of the domain that is given; every
+    sample comes once at every step, newly shuffled.
+
+    Raises:
+        InputError: A domain is the clean image, which has no severity.
+    """
+    steps = _up_and_down("gradual", domains)
+    return concatenate("gradual", [rng.permutation(subset) for _ in steps], steps, reset=False)
+
+
+def gradual_correlated(
+    subset: Indices,
+    labels: Labels,
+    domains: Sequence[Domain],
+    rng: np.random.Generator,
+    *,
+    delta: float = 0.1,
+) -> Plan:
+    """:func:`gradual`, every step of it in the order of :func:`correlated`.
+
+    Raises:
+        InputError: A domain is the clean image, a label is unknown, or delta is out of range.
+    """
+    steps = _up_and_down("gradual_correlated", domains)
+    order = _dirichlet("gradual_correlated", labels, delta, rng)
+    return concatenate("gradual_correlated", [subset[order()] for _ in steps], steps, reset=False)
+
+
+def mixed_domains_correlated(
+    subset: Indices,
+    labels: Labels,
+    domains: Sequence[Domain],
+    rng: np.random.Generator,
+    *,
+    delta: float = 0.1,
+) -> Plan:
+    """All samples of all domains in one segment without a reset, in the order of their classes.
+
+    The draw of :func:`correlated` over all pairs of a sample and a domain: neighbours share their
+    class and differ in their domain.
+
+    Raises:
+        InputError: A label is unknown, or delta is out of range.
+    """
+    order = _dirichlet("mixed_domains_correlated", np.tile(labels, len(domains)), delta, rng)
+    return _one_segment("mixed_domains_correlated", subset, domains, order())
+
+
+def recurring(
+    subset: Indices,
+    labels: Labels,
+    domains: Sequence[Domain],
+    rng: np.random.Generator,
+    *,
+    rounds: float = 20,
+) -> Plan:
+    """All domains again and again in the same order, without a reset, each visit newly shuffled.
+
+    The recurring setting of PeTTA: "Persistent Test-time Adaptation in Recurring Testing
+    Scenarios", Hoang et al., NeurIPS 2024, https://arxiv.org/abs/2311.18193, with 20 visits; there
+    a visit has the order of :func:`correlated`. CoTTA goes through the corruptions of ImageNet-C 10
+    times.
+
+    Raises:
+        InputError: ``rounds`` is not a whole number from 1 on.
+    """
+    visits = [*domains] * _whole("rounds", rounds)
+    orders = [rng.permutation(subset) for _ in visits]
+    return concatenate("recurring", orders, visits, reset=False)
+
+
+def single_sample(
+    subset: Indices, labels: Labels, domains: Sequence[Domain], rng: np.random.Generator
+) -> Plan:
+    """:func:`reset_each_shift` one by one: each sample is predicted and learnt from by itself.
+
+    The batch size 1 of SAR (Niu et al., ICLR 2023, https://arxiv.org/abs/2302.12400).
+    """
+    plan = reset_each_shift(subset, labels, domains, rng)
+    return replace(plan, scenario="single_sample", batch_size=1)
+
+
+def sliding_window(
+    subset: Indices,
+    labels: Labels,
+    domains: Sequence[Domain],
+    rng: np.random.Generator,
+    *,
+    window: float = 64,
+) -> Plan:
+    """:func:`reset_each_shift` one by one, but seen and learnt from together with those before.
+
+    Each sample is predicted within a batch of itself and the last ``window - 1`` samples of its
+    segment. Once every ``window`` samples, when all of that batch is new, the model learns from it.
+    The single-sample setting of the public benchmark of Marsden and Döbler,
+    https://github.com/mariodoebler/test-time-adaptation.
+
+    Departs from the published code in:
+
+    * The window is empty after a reset; there it still holds images of the corruption before.
+    * A network without batch normalisation, too, predicts within the window, since methods may
+      depend on the batch; there it is given the newest image alone, unless it learns.
+
+    What is left at the end of a segment is predicted and not learnt from. A method that learns from
+    each image by itself gets the newest one alone.
+
+    Raises:
+        InputError: ``window`` is not a whole number from 1 on.
+    """
+    plan = reset_each_shift(subset, labels, domains, rng)
+    size = _whole("window", window)
+    return replace(plan, scenario="sliding_window", batch_size=1, window=size)
+
+
+def episodic(
+    subset: Indices, labels: Labels, domains: Sequence[Domain], rng: np.random.Generator
+) -> Plan:
+    """:func:`reset_each_shift`, and the model returns to the source before every batch as well.
+
+    The episodic setting of Tent and of MEMO (Zhang, Levine, Finn, NeurIPS 2022,
+    https://arxiv.org/abs/2110.09506). A method that predicts before its update never shows what it
+    learnt here: Tent predicts what batch statistics alone do.
+    """
+    plan = reset_each_shift(subset, labels, domains, rng)
+    return replace(plan, scenario="episodic", reset_each_batch=True)
+
+
+def _one_segment(
+    scenario: str, subset: Indices, domains: Sequence[Domain], order: NDArray[np.intp]
+) -> Plan:
+    """Put the pairs of a sample and a domain, listed domain by domain, in an order ``[N D]``."""
+    samples = np.tile(subset, len(domains))
+    ids = np.repeat(np.arange(len(domains)), len(subset))
+    segment = Segment("mixed", 0, len(samples), reset=False)
+    return Plan(scenario, samples[order], ids[order], tuple(domains), (segment,))
+
+
+def _up_and_down(scenario: str, domains: Sequence[Domain]) -> list[Domain]:
+    """Return the steps of each domain's corruption to its severity and back."""
+    clean = [str(domain) for domain in domains if domain.severity == 0]
+    if clean:
+        raise InputError(
+            f"{scenario} raises and lowers the severity of each corruption, but {clean[0]!r} is "
+            "the image as it is. Give corruptions without it, or choose another scenario."
+        )
+    return [
+        Domain(domain.corruption, severity)
+        for domain in domains
+        for severity in (*range(1, domain.severity), *range(domain.severity, 0, -1))
+    ]
+
+
+def _own_classes(scenario: str, labels: Labels) -> tuple[NDArray[np.intp], int]:
+    """Number the classes that occur: that of each sample ``[N]``, and how many there are."""
+    unknown = int((labels < 0).sum())
+    if unknown:
+        raise InputError(
+            f"{scenario} orders images by their class, but {unknown} of {len(labels)} have no "
+            "label. Use a source with labels for all images, or another scenario."
+        )
+    classes, own = np.unique(labels, return_inverse=True)
+    return own, len(classes)
+
+
+def _dirichlet(
+    scenario: str, labels: Labels, delta: float, rng: np.random.Generator
+) -> Callable[[], NDArray[np.intp]]:
+    """Return what draws one order of the samples after the other."""
+    if not 0 < delta <= MOST_DELTA:  # also true of NaN
+        raise InputError(
+            f"delta = {delta}: expected a number above 0 (small: each class in few stretches of "
+            f"the stream) and up to {MOST_DELTA:,} (each class evenly in all of them)."
+        )
+    own, classes = _own_classes(scenario, labels)
+    return partial(dirichlet_order, own, classes, delta, rng)
+
+
+def _whole(name: str, value: float) -> int:
+    if value < 1 or not float(value).is_integer():
+        raise InputError(f"{name} = {value}: expected a whole number from 1 on.")
+    return int(value)
 
 
 SCENARIOS: dict[str, Scenario] = {
     scenario.__name__: scenario
-    for scenario in (reset_each_shift, continual, mixed_domains, label_shift)
+    for scenario in (
+        *(reset_each_shift, continual, mixed_domains, label_shift),
+        *(correlated, gradual, gradual_correlated, mixed_domains_correlated),
+        *(recurring, single_sample, sliding_window, episodic),
+    )
 }
 
 

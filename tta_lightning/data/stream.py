@@ -48,17 +48,20 @@ class StreamBatch(NamedTuple):
 class Stream(LightningDataModule):
     """Images in the order of a plan, as a model meets them after deployment.
 
-    Labels of the source may decide the order (``label_shift``) and otherwise serve the metrics
-    alone; they never reach an adapter.
+    Labels of the source may decide the order (``label_shift``, ``correlated``) and otherwise serve
+    the metrics alone; they never reach an adapter.
 
     Args:
         source: Where images come from.
-        scenario: ``reset_each_shift``, ``continual``, ``mixed_domains`` or ``label_shift``.
+        scenario: ``reset_each_shift``, ``continual``, ``mixed_domains``, ``label_shift``,
+            ``correlated``, ``gradual``, ``gradual_correlated``, ``mixed_domains_correlated``,
+            ``recurring``, ``single_sample``, ``sliding_window`` or ``episodic``.
         corruptions: Names in the order of the stream, or ``common`` (the 15 of the tables),
             ``extra`` (the 4 for tuning), ``all``; None streams the images as they are (for a source
             with corruptions on disk: all of them).
-        severity: 1 to 5, for every corruption.
-        batch_size: Images a batch; the last batch of a segment may be smaller.
+        severity: 1 to 5, for every corruption; the highest one of the gradual scenarios.
+        batch_size: Images a batch; the last batch of a segment may be smaller. ``single_sample``
+            and ``sliding_window`` serve one image a batch whatever it is.
         limit: How many images of the source to use; None for all.
         subset: ``sample`` draws those ``limit`` images with the seed, ``first`` takes the first.
         seed: Decides subset, order and the noise of the corruptions.
@@ -75,6 +78,9 @@ class Stream(LightningDataModule):
         scenario_options: Options of the scenario by name; None for its defaults. ``label_shift``
             has ``imbalance_ratio``: how much likelier samples of the current class are than others,
             from 1 (shuffled) to infinity (``.inf`` in YAML: one class after the other); 500,000.
+            The correlated ones have ``delta``, how evenly each class is spread over time (small:
+            in few places); 0.1. ``recurring`` has ``rounds``, 20; ``sliding_window`` has
+            ``window``, in images, 64.
 
     Raises:
         InputError: An argument is not possible, the source lacks a corruption, or the scenario
@@ -133,6 +139,11 @@ class Stream(LightningDataModule):
         """Names of the classes in the order of the labels; None when unknown."""
         return self.source.classes
 
+    @property
+    def served_batch_size(self) -> int:
+        """Images a batch of the stream: the plan's own number where it has one."""
+        return self.batch_size if self.plan.batch_size is None else self.plan.batch_size
+
     def suit(self, input_size: int | None, crop_pct: float, interpolation: str) -> None:
         """Take over what the model was made for, where the user left it to the model.
 
@@ -150,7 +161,7 @@ class Stream(LightningDataModule):
         dataset = PlanDataset(self.source, self.plan, self.geometry, self.table, self.seed)
         return DataLoader(
             dataset,
-            batch_sampler=_PlanBatches(self.plan, self.batch_size),
+            batch_sampler=_PlanBatches(self.plan, self.served_batch_size),
             num_workers=self.num_workers,
             collate_fn=collate,
             persistent_workers=False,
@@ -177,6 +188,7 @@ class Stream(LightningDataModule):
         return {
             **constructor_arguments(self, skip=skip),
             **options,
+            **self._settings(),
             "scenario": self.plan.scenario,
             "source": self.source.describe(),
             "clean": None if self.clean is None else self.clean.describe(),
@@ -185,7 +197,19 @@ class Stream(LightningDataModule):
             "resets": [segment.name for segment in self.plan.segments if segment.reset],
             "geometry": constructor_arguments(self.geometry),
             "plan_sha256": self.plan.digest,
+            "subset_sha256": self.plan.subset_digest,
         }
+
+    def _settings(self) -> dict[str, Any]:
+        """Describe how the plan is served; what it leaves as it always is goes unsaid."""
+        settings: dict[str, Any] = {"batch_size": self.served_batch_size}
+        if self.clean is not None and self.served_batch_size != self.batch_size:
+            settings["clean_batch_size"] = self.batch_size
+        if self.plan.window is not None:
+            settings["window"] = self.plan.window
+        if self.plan.reset_each_batch:
+            settings["reset_each_batch"] = True
+        return settings
 
     def _make_plan(self) -> Plan:
         rng = np.random.default_rng(self.seed)

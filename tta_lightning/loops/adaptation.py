@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +23,52 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from tta_lightning.adapter import Adapter
+from tta_lightning.contract import StepReport
 from tta_lightning.data.classes import class_indices
 from tta_lightning.data.plan import Plan, Segment
 from tta_lightning.data.stream import StreamBatch
 from tta_lightning.errors import InputError
 from tta_lightning.functional import all_finite
 from tta_lightning.models.classifier import describe
+from tta_lightning.models.norms import batch_norm_layers, without_advice
+
+
+@dataclass
+class SlidingWindow:
+    """The newest images of a stream that come one by one.
+
+    Attributes:
+        size: How many it holds when it is full, and how often the model learns.
+        images: ``[n, 3, H, W]``, n from 1 to ``size``, the newest last; None before the first.
+        arrived: Number of images since it was empty.
+    """
+
+    size: int
+    images: Tensor | None = None
+    arrived: int = 0
+
+    def add(self, image: Tensor) -> Tensor:
+        """Take in an image ``[1, 3, H, W]`` and return what the window then holds.
+
+        Raises:
+            InputError: Its size differs from that of the others.
+        """
+        if self.images is None:
+            self.images = image[:0]
+        elif self.images.shape[1:] != image.shape[1:]:
+            sizes = " and ".join(f"{w} x {h}" for *_, h, w in (self.images.shape, image.shape))
+            raise InputError(
+                f"The images of a window differ in size ({sizes} px), and the model does not say "
+                "which it was made for. Set image_size of the stream to a side in px."
+            )
+        self.images = torch.cat([self.images, image])[-self.size :]
+        self.arrived += 1
+        return self.images
+
+    @property
+    def is_new(self) -> bool:
+        """Whether none of its images has been learnt from."""
+        return self.arrived % self.size == 0
 
 
 class AdaptationLoop(_EvaluationLoop):
@@ -34,6 +76,8 @@ class AdaptationLoop(_EvaluationLoop):
 
     Per batch: segment hooks and resets, ``on_test_batch_start`` and ``on_adapt_batch_start``, then
     ``adapt_step`` on the images alone, then ``on_adapt_batch_end`` and ``on_test_batch_end``.
+    Where the plan has a window, an image is predicted together with those before it, and
+    ``adapt_step`` runs once a window. Where it resets each batch, it does so without a hook.
     Labels stay in the loop: callbacks see them, the adapter does not. Hooks of stock callbacks run
     as they do under ``Trainer.test``; our own are listed in
     :class:`~tta_lightning.callbacks.AdaptCallback`.
@@ -45,6 +89,7 @@ class AdaptationLoop(_EvaluationLoop):
         recoveries: How often the method itself returned to the source model.
         images_without_step: Number of images that an episodic method could not adapt to.
         segment: The stretch of the stream that is running; None outside.
+        window: The last images of the segment, where the plan has a window; else None.
         served: Number of images that the stream has given, bad ones included.
     """
 
@@ -53,6 +98,7 @@ class AdaptationLoop(_EvaluationLoop):
             trainer, TrainerFn.TESTING, RunningStage.TESTING, verbose=False, inference_mode=False
         )
         self.segment: Segment | None = None
+        self.window: SlidingWindow | None = None
         self.bad_images: list[tuple[int, str]] = []
         self.nonfinite_batches = 0
         self.recoveries = 0
@@ -113,7 +159,7 @@ class AdaptationLoop(_EvaluationLoop):
         self._hook("on_adapt_batch_start", batch, batch_idx)
         self.batch_progress.increment_started()
 
-        logits = self._adapt_step(batch.images)
+        logits = self._predict_and_learn(batch.images)
         self._check_width(logits, batch.labels)
         self._note_what_is_not_finite(logits, batch_idx)
         self._note_recovery()
@@ -129,13 +175,35 @@ class AdaptationLoop(_EvaluationLoop):
         if trainer.received_sigterm:
             raise SIGTERMException
 
+    def _predict_and_learn(self, images: Tensor) -> Tensor:
+        """Return the logits of a batch; with a window, learn once it is full of new images."""
+        if self.window is None or self.adapter.episodic:
+            return self._adapt_step(images)
+        held = self.window.add(images)
+        step = self._adapt_step if self.window.is_new else self._predict
+        return step(held)[-1:]
+
     def _adapt_step(self, images: Tensor) -> Tensor:
-        """Run the method's step; what it logs with ``self.log`` counts as of the test step."""
+        with torch.enable_grad(), self._as_test_step():
+            return self.adapter.adapt_step(images)
+
+    def _predict(self, images: Tensor) -> Tensor:
+        """Predict within an incomplete window, of which a single image is nothing to warn of."""
+        adapter, phase = self.adapter, self.adapter.phase
+        layers = batch_norm_layers(adapter.network).values()
+        with self._as_test_step(), without_advice(layers), phase("inference"):
+            logits: Tensor = adapter(images)
+        adapter.report = StepReport(reason="the window is not complete")
+        return logits
+
+    @contextmanager
+    def _as_test_step(self) -> Iterator[None]:
+        """Work in the trainer's precision; what is logged with ``self.log`` is of the test step."""
         adapter = self.adapter
         before, adapter._current_fx_name = adapter._current_fx_name, "test_step"
         try:
-            with torch.enable_grad(), self.trainer.precision_plugin.test_step_context():
-                return adapter.adapt_step(images)
+            with self.trainer.precision_plugin.test_step_context():
+                yield
         finally:
             adapter._current_fx_name = before
 
@@ -203,20 +271,26 @@ class AdaptationLoop(_EvaluationLoop):
 
     def _enter_segment(self, batch: StreamBatch) -> None:
         segment = self._segment_of(batch)
-        if segment == self.segment:
-            return
+        if segment != self.segment:
+            self._change_segment(segment)
+        if self.plan is not None and self.plan.reset_each_batch:
+            self.adapter.reset()
+
+    def _change_segment(self, segment: Segment) -> None:
         first = self.segment is None
         self._leave_segment()
         if segment.reset and not first:
             self.adapter.reset()
             self._hook("on_adapt_reset", f"segment {segment.name}")
         self.segment = segment
+        size = None if self.plan is None else self.plan.window
+        self.window = None if size is None else SlidingWindow(size)
         self._hook("on_adapt_segment_start", segment)
 
     def _leave_segment(self) -> None:
         if self.segment is not None:
             self._hook("on_adapt_segment_end", self.segment)
-            self.segment = None
+            self.segment, self.window = None, None
 
     def _segment_of(self, batch: StreamBatch) -> Segment:
         if self.plan is None:

@@ -3,15 +3,36 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tests.networks import make_batches, make_network
+from tests.loops.test_adaptation import Logits, quiet
+from tests.networks import are_equal, head_of, make_batches, make_network
+from tests.streams import CLASSES, make_source
 from tta_lightning.adapter import Adapter
+from tta_lightning.callbacks import STAG
 from tta_lightning.contract import Outputs
+from tta_lightning.data import Stream
 from tta_lightning.errors import InputError
-from tta_lightning.methods import EATA, MGTTA, MT3, SAR, BNStats, CoTTA, DeYO, Source, Tent
+from tta_lightning.methods import (
+    EATA,
+    LAME,
+    MEMO,
+    MGTTA,
+    MT3,
+    ROID,
+    SAR,
+    T3A,
+    TTT,
+    BNStats,
+    CoTTA,
+    DeYO,
+    RoTTA,
+    Source,
+    Tent,
+)
 from tta_lightning.models import BYOLHeads, weights_hash
 from tta_lightning.models.norms import norm_layers
 from tta_lightning.rules import MGG, SGD, Adam
@@ -33,10 +54,10 @@ def make_eata(network):
     return adapter
 
 
-def make_mt3(network, **options):
+def make_mt3(network, method=MT3, **options):
     """MT3 steps on a loss of BYOL heads."""
     torch.manual_seed(4)
-    return MT3(BYOLHeads(network, hidden=8, projection=6), copies=2, **options)
+    return method(BYOLHeads(network, hidden=8, projection=6), copies=2, **options)
 
 
 def make_mgg():
@@ -59,12 +80,22 @@ METHODS = {
     "deyo-pixel": lambda network: DeYO(network, Adam(lr=0.01), WIDE, None, -1, aug_type="pixel"),
     "cotta-views": lambda network: CoTTA(network, SGD(lr=0.01, momentum=0.9), n_augmentations=2),
     "cotta-plain": lambda network: CoTTA(network, Adam(lr=0.01), ap=0.0),
+    "rotta-often": lambda network: RoTTA(network, Adam(lr=0.01), 24, update_frequency=8),
+    "rotta-sgd": lambda network: RoTTA(network, SGD(lr=0.01), update_frequency=16, alpha=0.3),
+    "roid-adam": lambda network: ROID(network, Adam(lr=0.01)),
+    "roid-sgd": lambda network: ROID(network, SGD(lr=0.01, momentum=0.9), momentum_src=0.9),
+    "lame-knn": lambda network: LAME(network),
+    "lame-rbf": lambda network: LAME(network, affinity="rbf", symmetric=True),
+    "t3a": lambda network: T3A(network, filter_k=3),
+    "memo": lambda network: MEMO(network, SGD(lr=0.05), n_augmentations=3),
+    "memo-adam": lambda network: MEMO(network, Adam(lr=0.01), n_augmentations=2, crop="resized"),
     "mgtta-mgg": lambda network: make_mgtta(network, make_mgg()),
     "mgtta-sgd": lambda network: make_mgtta(network, SGD(lr=0.01, momentum=0.9)),
     "mt3-loop": lambda network: make_mt3(network, episodes="loop"),
+    "ttt": lambda network: make_mt3(network, TTT, episodes="loop"),
     "mt3-vmap": lambda network: make_mt3(network, episodes="vmap", in_flight=8),
 }
-ONLY, NEVER = ("bn",), ("mt3",)  # on batch normalisation; MT3 refuses it
+ONLY, NEVER = ("bn",), ("mt3", "ttt")  # on batch normalisation; MT3 refuses it
 CASES = [
     pytest.param(make, norm, id=f"{name}-{norm}")
     for name, make in METHODS.items()
@@ -175,6 +206,53 @@ class TestContract:
             with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=remembers):
                 replayed.append(replay(adapter, make_batches()))
         assert torch.equal(*replayed)
+
+    def test_without_a_learning_rate_nothing_moves_and_predictions_are_those_of_forward(
+        self, make, norm
+    ):
+        adapter = make(make_network(norm))
+        step_sizes = [owner for owner in (adapter, adapter.rule) if hasattr(owner, "lr")]
+        if adapter.describe()["rule"] is None and adapter not in step_sizes:
+            return  # nothing descends
+        for owner in step_sizes:
+            owner.lr = 0.0
+        source = {name: p.clone() for name, p in adapter.network.named_parameters()}
+        for images in make_batches():
+            expected = copy.deepcopy(adapter)(images).detach()
+            tolerance = 1e-5 if adapter.episodic else 0.0  # image by image, sums are made otherwise
+            logits = adapter.adapt_step(images)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
+        assert all(torch.equal(p, source[n]) for n, p in adapter.network.named_parameters())
+
+    def test_a_stream_of_one_class_stays_finite(self, make, norm):
+        adapter = make(make_network(norm))
+        images = (
+            make_batches(1, 1)[0].expand(16, -1, -1, -1)
+            * torch.linspace(0.9, 1, 16)[:, None, None, None]
+        )
+        logits = replay(adapter, [images] * 6)
+        assert torch.isfinite(logits).all()
+        assert all(torch.isfinite(t).all() for t in adapter.moving_tensors().values())
+
+    def test_predictions_without_any_preference_stay_finite(self, make, norm):
+        network = make_network(norm)
+        with torch.no_grad():
+            head_of(network).weight.zero_()
+            head_of(network).bias.zero_()
+        adapter = make(network)
+        assert torch.isfinite(replay(adapter, make_batches())).all()
+        assert all(torch.isfinite(t).all() for t in adapter.moving_tensors().values())
+
+    def test_neither_labels_nor_stag_of_weight_zero_change_anything(self, make, norm):
+        runs = []
+        for labels, callbacks in (([0] * 12, []), (range(12), []), ([0] * 12, [STAG(weight=0)])):
+            source = make_source()
+            source.labels = np.array(labels) % len(CLASSES)
+            stream = Stream(source, batch_size=5, clean=make_source(seed=9))
+            adapter, kept = make(make_network(norm)), Logits()
+            quiet(kept, *callbacks).adapt(adapter, datamodule=stream)
+            runs.append((kept.stacked(), adapter.state_dict()))
+        assert all(are_equal(runs[0], run) for run in runs[1:])
 
     def test_a_copy_is_independent(self, make, norm):
         adapter = make(make_network(norm))

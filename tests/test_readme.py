@@ -14,7 +14,7 @@ from tta_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = ("docs/stag.md", "docs/mt3.md")
+PAGES = ("docs/stag.md", "docs/mt3.md", "docs/methods.md")
 SMALLER = {
     "fit": ["--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--data.limit=100"],
     "adapt": ["--data.limit=6"],
@@ -29,12 +29,27 @@ def blocks(language, page=README):
     return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
+def unrolled(block):
+    """Write the loops of a shell script out."""
+
+    def turns(loop):
+        variable, values, body = loop.groups()
+        return "\n".join(body.replace(f"${variable}", value).strip() for value in values.split())
+
+    return re.sub(r"for (\w+) in (.*); do\n(.*?)\ndone", turns, block, flags=re.DOTALL)
+
+
+def globbed(argument):
+    """What a shell makes of a pattern."""
+    return sorted(map(str, Path().glob(argument))) if "*" in argument else [argument]
+
+
 def commands():
     """Every tta command of the pages: in blocks, and in line where it says what to type."""
     shown = blocks("bash")
     for page in PAGES:
         shown += blocks("bash", (ROOT / page).read_text())
-    lines = [line for block in shown for line in block.splitlines() if line]
+    lines = [line for block in shown for line in unrolled(block).splitlines() if line]
     inline = re.findall(r"`(tta \w+ -c [^`]+)`", README)
     return [shlex.split(line) for line in lines + inline]
 
@@ -63,7 +78,8 @@ def test_commands(workplace, capsys):
         assert program == "tta"
         given = [
             argument.replace("FOLDER", "images").replace("timm:resnet50_gn.a1h_in1k", OFFLINE)
-            for argument in arguments
+            for pattern in arguments
+            for argument in globbed(pattern)
         ]
         size = ["--data.image_size=64"] if "imagenet_folder" in " ".join(given) else []
         smaller = SMALLER[verb]

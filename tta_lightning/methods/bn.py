@@ -17,6 +17,7 @@ from tta_lightning.models.norms import (
     use_batch_statistics,
     warn_of_a_single_image,
 )
+from tta_lightning.rules.base import require_fraction
 
 
 class BNStats(Adapter):
@@ -52,9 +53,7 @@ class BNStats(Adapter):
         running: bool = False,
     ) -> None:
         super().__init__(network)
-        if not 0 <= alpha <= 1:
-            raise InputError(f"alpha = {alpha} is out of range: expected 0 <= alpha <= 1.")
-        self.alpha = alpha
+        self.alpha = require_fraction("alpha", alpha)
         self.running = running
         self._warned = False
 

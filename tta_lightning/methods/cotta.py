@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.contract import Outputs, map_tensors
-from tta_lightning.errors import InputError
 from tta_lightning.functional import keep_float32, wide, without_cast_cache
 from tta_lightning.methods.augment import augment
 from tta_lightning.models.norms import batch_norm_layers, use_batch_statistics
 from tta_lightning.rules import UpdateRule
-from tta_lightning.rules.base import require
+from tta_lightning.rules.base import require, require_fraction
 
 _TEACHER, _STEP = "teacher", "step"  # in the memory: parameters by name, and a counter
 _SEED_STRIDE = 1_000_003  # between the seeds of two streams of random numbers
@@ -104,9 +103,9 @@ class CoTTA(Adapter):
         seed: int = 0,
     ) -> None:
         super().__init__(network, rule)
-        self.mt = _fraction("mt", mt)
-        self.rst = _fraction("rst", rst)
-        self.ap = _fraction("ap", ap)
+        self.mt = require_fraction("mt", mt)
+        self.rst = require_fraction("rst", rst)
+        self.ap = require_fraction("ap", ap)
         require("n_augmentations", n_augmentations, 1)
         self.n_augmentations = n_augmentations
         require("seed", seed, 0, _SEED_STRIDE)
@@ -232,9 +231,3 @@ class CoTTA(Adapter):
         if teacher is not None:
             self.memory = {**self.memory, _TEACHER: map_tensors(keep_float32(fn), teacher)}
         return self
-
-
-def _fraction(name: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise InputError(f"{name} = {value} is out of range: expected 0 <= {name} <= 1.")
-    return value

@@ -18,7 +18,7 @@ from tta_lightning.functional import all_finite, without_cast_cache
 from tta_lightning.inner_loop import InnerLoop, Parameters, Target, embed, inner_adapt
 from tta_lightning.models.byol import Embedder
 from tta_lightning.rules import SGD
-from tta_lightning.rules.base import require
+from tta_lightning.rules.base import require, require_whole
 from tta_lightning.views import ViewOptions, generator, ssl_views
 
 Episodes = Literal["auto", "loop", "vmap"]
@@ -76,6 +76,7 @@ class MT3(Adapter):
     """
 
     predicts = "after update"
+    episodic = True
 
     def __init__(
         self,
@@ -92,13 +93,9 @@ class MT3(Adapter):
     ) -> None:
         require("lr", lr, 0)
         super().__init__(network, SGD(lr=lr))
-        counts = {"steps": steps, "copies": copies, "in_flight": in_flight}
-        for name, value in counts.items():
-            require(name, value, 1)
-        require("seed", seed, 0)
-        for name, value in {**counts, "seed": seed}.items():
-            if not isinstance(value, int):
-                raise InputError(f"{name} = {value} is out of range: expected a whole number.")
+        for name, value in {"steps": steps, "copies": copies, "in_flight": in_flight}.items():
+            require_whole(name, value, 1)
+        require_whole("seed", seed, 0)
         if target not in ("meta", "self"):
             raise unknown_name("target", target, ("meta", "self"))
         if episodes not in ("auto", "loop", "vmap"):
@@ -131,7 +128,7 @@ class MT3(Adapter):
             Logits ``[B, C]``, without graph.
         """
         self.ready()
-        _check_images(images)
+        check_images(type(self).__name__, images)
         if not len(images):
             self.report = StepReport(reason="there is no image")
             predicted: Tensor = self(images).detach()
@@ -147,7 +144,7 @@ class MT3(Adapter):
                 logits, losses, finite = self._run(images, numbers)
         kept: Tensor = restricted(logits, self.classes)
         self.memory = {_SERVED: torch.tensor(served + len(images))}
-        self.report = self._told(losses, finite)
+        self.report = report_episodes(losses, finite)
         return kept
 
     def describe(self) -> dict[str, Any]:
@@ -286,26 +283,32 @@ class MT3(Adapter):
         measured = f"measured: {loop:.3g} s an image in a loop, {vmap:.3g} with vmap"
         self._ran = f"{self._way} ({measured})"
 
-    def _told(self, losses: Tensor, finite: Tensor) -> StepReport:
-        """Report what happened; warn of images that no step could be taken for."""
-        failed = len(finite) - int(finite.sum())
-        loss = losses[finite].mean() if failed < len(finite) else losses.mean()
-        if not failed:
-            return StepReport(updated=True, loss=loss)
-        reason = f"{failed} of {len(finite)} images gave a loss or a step that is not finite"
-        warnings.warn(
-            f"{reason}; they were predicted by the model as it is, without a step.", stacklevel=3
-        )
-        return StepReport(failed < len(finite), loss, finite=False, reason=reason, failed=failed)
 
-
-def _check_images(images: Tensor) -> None:
-    """Refuse what is no batch of images."""
+def check_images(method: str, images: Tensor) -> None:
+    """Refuse what is no batch of images, in the name of a method."""
     if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise InputError(
-            f"MT3 got images of shape {list(images.shape)} and type {images.dtype}; it expects "
-            "floating-point images [B, 3, H, W] in [0, 1]."
+            f"{method} got images of shape {list(images.shape)} and type {images.dtype}; it "
+            "expects floating-point images [B, 3, H, W] in [0, 1]."
         )
+
+
+def report_episodes(losses: Tensor, finite: Tensor) -> StepReport:
+    """Report what happened to each image; warn of those that no step could be taken for.
+
+    Args:
+        losses: ``[B]``.
+        finite: ``[B]`` bool, whether the step was taken.
+    """
+    failed = len(finite) - int(finite.sum())
+    loss = losses[finite].mean() if failed < len(finite) else losses.mean()
+    if not failed:
+        return StepReport(updated=True, loss=loss)
+    reason = f"{failed} of {len(finite)} images gave a loss or a step that is not finite"
+    warnings.warn(
+        f"{reason}; they were predicted by the model as it is, without a step.", stacklevel=3
+    )
+    return StepReport(failed < len(finite), loss, finite=False, reason=reason, failed=failed)
 
 
 def _clock(device: torch.device) -> float:

@@ -87,6 +87,29 @@ def require(name: str, value: float, low: float, high: float | None = None) -> f
     return value
 
 
+def require_fraction(name: str, value: float) -> float:
+    """Return a hyper-parameter that lies in ``[0, 1]``, else raise.
+
+    Raises:
+        InputError: Names the hyper-parameter, its value and its range.
+    """
+    if not 0 <= value <= 1:
+        raise InputError(f"{name} = {value} is out of range: expected 0 <= {name} <= 1.")
+    return value
+
+
+def require_whole(name: str, value: int, low: int, high: int | None = None) -> int:
+    """Return a hyper-parameter that is a whole number in ``[low, high)``, else raise.
+
+    Raises:
+        InputError: Names the hyper-parameter, its value and its range.
+    """
+    require(name, value, low, high)
+    if not isinstance(value, int):
+        raise InputError(f"{name} = {value} is out of range: expected a whole number.")
+    return value
+
+
 def require_betas(betas: tuple[float, float]) -> tuple[float, float]:
     """Return the decays of two moments if each lies in ``[0, 1)``, else raise.
 

@@ -137,10 +137,13 @@ def images_of(where: str) -> ImageSource:
 
 
 def stream(
-    options: argparse.Namespace, regime: str, corruptions: str, seed: int
+    options: argparse.Namespace,
+    scenario: str,
+    batch_size: int | None,
+    corruptions: str | list[str],
+    seed: int,
 ) -> tuple[list[Batch], list[str]]:
-    """Make all batches of a regime in memory; return them and the names of the domains."""
-    scenario, batch_size = REGIMES[regime]
+    """Make all batches of a stream in memory; return them and the names of the domains."""
     data = Stream(
         images_of(options.test),
         scenario=scenario,
@@ -264,7 +267,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for seed, path in enumerate(networks):
         network = load_model(json.loads(path) if path.startswith("{") else path)
         for regime in options.regimes:
-            batches, domains = stream(options, regime, corruptions, seed)
+            batches, domains = stream(options, *REGIMES[regime], corruptions, seed)
             source = source_accuracy(options, network, batches)
             print(f"{path} {regime}: ||h|| ||w_y|| = {logit_unit(network, batches[0]):.1f}")
             for host in options.hosts:

@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ class RoTTAByHand:
         self.student, self.teacher = network, copy.deepcopy(network)
         self.norms = [m for m in network.modules() if isinstance(m, NORM_CLASSES)]
         self.optimizer = optimizer([p for m in self.norms for p in m.parameters()])
-        self.bank, self.nu, self.term, self.view = BankByHand(8, 10), nu, term, view
+        self.bank, self.nu, self.term, self.view = BankByHand(8, 10, 0.3, 2.0), nu, term, view
         self.count, self.losses, self.sizes = 0, [], []
 
     def step(self, images):
@@ -210,7 +211,7 @@ def test_equals_the_equations_written_by_hand(norm, term, monkeypatch):
     by_hand = RoTTAByHand(
         network_of(norm), lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), term=term
     )
-    adapter = make_rotta(network_of(norm), nu=0.2, alpha=0.3)
+    adapter = make_rotta(network_of(norm), nu=0.2, alpha=0.3, lambda_t=0.3, lambda_u=2.0)
     if term:
         adapter.terms.append(lambda out, head: term * out.logits.square().mean())
     due = []
@@ -244,7 +245,8 @@ def test_equals_them_with_the_rule_of_the_paper_and_its_views(monkeypatch):
 
     monkeypatch.setattr(rotta, "augment", view)
     by_hand = RoTTAByHand(network_of("bn"), lambda p: torch.optim.Adam(p, lr=1e-3), view=view)
-    adapter = make_rotta(network_of("bn"), Adam(lr=1e-3), nu=0.2, alpha=0.3, seed=7)
+    options = {"nu": 0.2, "alpha": 0.3, "lambda_t": 0.3, "lambda_u": 2.0, "seed": 7}
+    adapter = make_rotta(network_of("bn"), Adam(lr=1e-3), **options)
     for images in coloured_squares(3):
         assert_close(adapter.adapt_step(images), by_hand.step(images))
     assert_holds(adapter, by_hand)
@@ -618,13 +620,50 @@ class TestLifeCycle:
 
 def test_half_precision_statistics_of_the_teacher_are_not_rounded():
     network = make_network("bn").bfloat16()
-    adapter = make_rotta(network, SGD(lr=0.0), alpha=0.001)
-    for images in make_batches(2):
+    adapter = make_rotta(network, SGD(lr=0.0), alpha=0.01)
+    expected = {name: t.float() for name, t in network[1].named_buffers() if t.dim()}
+    for images in make_batches(2, 5):  # one update each
         adapter.adapt_step(images.bfloat16())
-    source, teacher = adapter._source, adapter.memory["teacher"]
-    for name in ("network.1.running_mean", "network.4.running_var"):
-        assert teacher[name].dtype == torch.float32
-        assert (teacher[name] != source[name]).all()  # a bfloat16 moves by 0.004 of itself
+        held = network[0](adapter.memory["bank"]["images"]).detach().float()
+        for name, batch in (
+            ("running_mean", held.mean((0, 2, 3))),
+            ("running_var", held.var((0, 2, 3), correction=0)),
+        ):
+            expected[name] = 0.99 * expected[name] + 0.01 * batch
+            teacher = adapter.memory["teacher"][f"network.1.{name}"]
+            # A bfloat16 would be wrong by up to 4e-3.
+            torch.testing.assert_close(teacher, expected[name], rtol=0, atol=1e-6)
+
+
+def test_phases_are_told_apart():
+    @contextmanager
+    def phase(name):
+        running.append(name)
+        yield
+        running.pop()
+
+    running, passes = [], []
+    network = make_network("gn")
+    network.register_forward_pre_hook(lambda module, args: passes.append(*running))
+    adapter = make_rotta(network)
+    adapter.phase = phase
+    adapter.adapt_step(make_batches(1, 5)[0])
+    assert passes == ["inference", "update", "update"]
+
+
+def test_statistics_that_are_not_finite_move_nothing():
+    images = make_batches(1, 5)[0]
+    images[2] *= 1e25  # its square is infinite in float32
+    adapter = make_rotta(make_network("bn"))
+    before = tensors_of(adapter)
+    with pytest.warns(UserWarning, match="not finite"):
+        logits = adapter.adapt_step(images)
+    assert torch.isfinite(logits).all()
+    assert torch.isfinite(adapter.report.loss)
+    assert (adapter.report.updated, adapter.report.finite) == (False, False)
+    assert adapter.report.failed == 0
+    assert are_equal(tensors_of(adapter), before)
+    assert "teacher" not in adapter.memory
 
 
 def test_casting_before_the_first_image():

@@ -343,6 +343,8 @@ class TestPrecision:
         adapter = T3A(make_network("ln").bfloat16())
         assert adapter.adapt_step(make_batches(1)[0].bfloat16()).isfinite().all()
         assert adapter.memory["supports"].dtype == torch.float32
+        lengths = adapter.memory["supports"].norm(dim=1)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("classes", [[7, 2], [2, 7, 5]])

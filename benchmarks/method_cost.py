@@ -1,7 +1,8 @@
 """What a batch costs under each method, in units of the plain forward pass of the network.
 
 All arms run in one process by turns, the forward pass before and after each of them, so that a slow
-spell of the machine hits both. Learning rates are zero, so that every turn does the same work.
+spell of the machine hits both. Learning rates are zero, so that every turn does the same work, but
+for T3A, whose memory grows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Every method in the field's settings, at the papers' hyper-parameters, with and without STAG.
 
 The methods are those of the shipped configurations. Each network given is one repetition with its
-own order and noise; all runs of a repetition and a setting see the same images in the same order.
+own order and noise; all runs of a repetition and a setting see the same images in the same order,
+but for MEMO, which sees the first ones of each batch (``--episodic-share``): beside its figure in
+the table stands that of the network itself on the same images.
 """
 
 from __future__ import annotations
@@ -131,12 +133,28 @@ def shortened(batches: list[Batch], share: float) -> list[Batch]:
     return [Batch(b.images[:kept], b.labels[:kept], b.domains[:kept], b.resets) for b in batches]
 
 
+SETTINGS = (
+    *("presets", "test", "corruptions", "severity", "table", "image_size", "limit", "single"),
+    *("batch_size", "episodic_share", "mgg"),
+)
+
+
+def opened(options: argparse.Namespace) -> dict[str, Any]:
+    """Read the file that runs are added to, if it is of the same settings."""
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    if not options.out.exists():
+        return {"settings": settings, "runs": []}
+    results: dict[str, Any] = json.loads(options.out.read_text())
+    if results["settings"] != settings:
+        raise SystemExit(f"{options.out} holds runs with other settings: {results['settings']}")
+    return results
+
+
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run everything; the file is written after each run, and finished runs are not repeated."""
-    runs: list[dict[str, Any]] = []
-    if options.out.exists():
-        runs = json.loads(options.out.read_text())
-    done = {(r["seed"], r["regime"], r["method"], r["stag"]) for r in runs}
+    results = opened(options)
+    runs: list[dict[str, Any]] = results["runs"]
+    done = {(r["network"], r["seed"], r["regime"], r["method"], r["stag"]) for r in runs}
     for seed, path in enumerate(options.networks):
         network = load_model(json.loads(path) if path.startswith("{") else path)
         for regime in options.regimes:
@@ -146,20 +164,24 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 if not suits(options, name, network):
                     continue
                 for stag in arms(options, name, regime):
-                    if (seed, regime, name, stag) in done:
+                    if (path, seed, regime, name, stag) in done:
                         continue
                     start = time.perf_counter()
                     adapter = make(options, name, network, single or options.batch_size)
                     if stag:
                         attach_stag(adapter)
                     share = options.episodic_share if name in EPISODIC else 1.0
-                    accuracy = run(adapter, shortened(batches, share))
+                    shown = shortened(batches, share)
+                    accuracy = run(adapter, shown)
                     seconds = time.perf_counter() - start
                     runs.append(
                         {
                             **{"network": path, "seed": seed, "regime": regime, "method": name},
                             **{"stag": stag, "domains": domains, "accuracy": accuracy},
                             "seconds": seconds,
+                            "source": run(make(options, "source", network, 1), shown)
+                            if share < 1
+                            else None,
                         }
                     )
                     print(
@@ -167,7 +189,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                         f"{np.mean(accuracy):.1f} % in {seconds:.0f} s",
                         flush=True,
                     )
-                    write_atomically(options.out, json.dumps(runs))
+                    write_atomically(options.out, json.dumps(results))
     return runs
 
 
@@ -187,7 +209,13 @@ def table(runs: list[dict[str, Any]]) -> str:
                 }
                 for stag in (False, True)
             ]
-            cells.append(_cell(*found))
+            same = [
+                float(np.mean(each["source"]))
+                for each in runs
+                if (each["method"], each["regime"]) == (name, regime) and each["source"]
+            ]
+            beside = f" (source {np.mean(same):.1f})" if same else ""
+            cells.append(_cell(*found) + beside)
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -22,10 +22,11 @@ from tta_lightning.contract import (
     not_finite,
     restricted,
     unobserved,
+    writable,
 )
 from tta_lightning.describe import constructor_arguments
 from tta_lightning.errors import InputError
-from tta_lightning.functional import all_finite
+from tta_lightning.functional import all_finite, keep_float32
 from tta_lightning.models.heads import Head, capture_features, find_head
 from tta_lightning.models.loading import load_model
 from tta_lightning.models.norms import (
@@ -62,7 +63,7 @@ class Adapter(AdaptOnly):
         InputError: The network cannot be built.
     """
 
-    predicts = "before update"  # episodic methods say "after update"
+    predicts = "before update"  # what a prediction knows of its batch; see the method
     episodic = False  # whether it learns from each image by itself, and forgets
 
     def __init__(
@@ -137,8 +138,7 @@ class Adapter(AdaptOnly):
         """
         self.ready()
         with torch.inference_mode(False), torch.enable_grad():
-            if images.is_inference():
-                images = images.clone()
+            images = writable(images)
             with self.phase("inference"):
                 out = self.outputs(images)
             with self.phase("update"):
@@ -332,6 +332,7 @@ class Adapter(AdaptOnly):
         return {
             "name": type(self).__name__,
             "predicts": self.predicts,
+            "episodic": self.episodic,
             "hyper_parameters": constructor_arguments(self, skip=("network", "rule")),
             "rule": self.rule.describe() if self._adapted else None,
         }
@@ -368,11 +369,11 @@ class Adapter(AdaptOnly):
         return logits, captured.features
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move rule state and memory along when the module changes device or precision."""
+        """Move rule state and memory along; the memory keeps float32 at least, as averages do."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.rule_state = map_tensors(lambda t: keep_counter(fn(t), t), self.rule_state)
-            self.memory = map_tensors(lambda t: keep_counter(fn(t), t), self.memory)
+            self.memory = map_tensors(keep_float32(fn), self.memory)
             if self._source is not None:  # it moves, but keeps its precision
                 self._source = {n: t.to(fn(t).device) for n, t in self._source.items()}
         return self

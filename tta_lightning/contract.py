@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tta_lightning.errors import InputError
@@ -43,11 +44,11 @@ class StepReport:
     Attributes:
         updated: Whether the parameters moved.
         loss: The loss that was minimised, a detached scalar; None where there was none.
-        finite: Whether loss and gradients were; if not, nothing moved.
-        reason: Why nothing moved; empty when something did.
+        finite: Whether loss and gradients were; if not, nothing moved. Of a method that takes
+            images one by one (RoTTA, LAME, T3A): whether all of them were.
+        reason: Why nothing moved, or why images were left out; else empty.
         reset: Whether the method itself returned to the source model.
-        failed: Number of images that could not be learnt from, of a method that learns from each
-            by itself.
+        failed: Number of images that were left out, of a method that takes them one by one.
     """
 
     updated: bool = False
@@ -122,6 +123,45 @@ def check_method(state: dict[str, Any], name: str) -> None:
             f"This is the state of {state['method']}, not of {name}: load it into the method that "
             "it was saved from."
         )
+
+
+CLASSES = "classes"  # in a memory: the classes that it is about, ``[C]`` int64
+
+
+def class_positions(logits: Tensor, classes: Tensor | None) -> Tensor:
+    """Return which of the network's classes logits ``[B, C]`` are of: ``[C]`` int64."""
+    if classes is None:
+        return torch.arange(logits.shape[1], device=logits.device)
+    return classes.to(logits.device)
+
+
+def check_classes(memory: RuleState, now: Tensor, name: str) -> None:
+    """Refuse to go on with a memory of predictions over other classes.
+
+    Args:
+        memory: Of a method; has the classes under :data:`CLASSES`, once there are any.
+        now: What :func:`class_positions` says of the batch.
+        name: Of the method.
+
+    Raises:
+        InputError: The classes differ.
+    """
+    before = memory.get(CLASSES)
+    if before is None or torch.equal(before.to(now.device), now):
+        return
+    others = "" if len(before) != len(now) else " others"
+    raise InputError(
+        f"{name} remembers earlier predictions, and there were {len(before)} classes then and are "
+        f"{len(now)}{others} now. Call reset() when the classes of the stream change."
+    )
+
+
+def writable(images: Tensor) -> Tensor:
+    """Return images that a network may write to and a graph may keep.
+
+    Those that were made under ``torch.inference_mode`` are copied; call it outside of that mode.
+    """
+    return images.clone() if images.is_inference() else images
 
 
 def keep_counter(moved: Tensor, tensor: Tensor) -> Tensor:

@@ -78,6 +78,21 @@ def test_times_and_memory_are_plausible():
         assert 32 * 2**20 < grown < 256 * 2**20
 
 
+def test_an_update_once_a_window_counts_for_all_batches_of_the_window():
+    class Slow(Tent):
+        def learn(self, out, images):
+            import time
+
+            time.sleep(0.05)
+            return super().learn(out, images)
+
+    stream = make_stream(scenario="sliding_window", scenario_options={"window": 4})
+    cost = quiet().adapt(Slow(make_network("gn"), SGD(lr=0.1)), datamodule=stream)["cost"]
+    updates, batches = 2 * 12 / 4, 2 * 12
+    assert cost["backwards_per_batch"] == updates / batches
+    assert 0.05 * updates / (batches - 1) <= cost["update"]["seconds_per_batch"] < 0.05
+
+
 def test_nothing_stays_on_the_adapter():
     adapter = tent()
     quiet().adapt(adapter, datamodule=make_stream())

@@ -110,7 +110,8 @@ def test_operations_are_those_of_pillow(name, values):
     """Also of a flat image, and at levels and sizes that no view of a small image has."""
     height, width = 96, 64
     pixels, _ = eight_bits(height, width, 1, *values)
-    pixels[:40] = pixels[:40] // 2
+    if name != "autocontrast":  # it is to see flat images
+        pixels[:40] = pixels[:40] // 2
     levels, signs = np.linspace(0.1, 0.999, 6) ** 0.9, np.array([1, -1, 1, -1, 1, -1])
     images = torch.from_numpy(pixels).permute(2, 0, 1).expand(6, -1, -1, -1)
     found = augmix_module._operate(name, images, levels, signs)
@@ -241,11 +242,10 @@ class TestViews:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_have_the_dtype_of_the_image(self, dtype):
-        pixels = (torch.arange(32 * 32 * 3).view(3, 32, 32) % 2).double()  # 0 and 1
+        pixels = (torch.arange(32 * 32 * 3).view(3, 32, 32) % 2).float()  # 0 and 1
         views = views_of(pixels.to(dtype))
         assert views.dtype == dtype
-        atol = 4 * torch.finfo(dtype).eps
-        torch.testing.assert_close(views.double(), views_of(pixels), rtol=0, atol=atol)
+        assert torch.equal(views, views_of(pixels).to(dtype))  # rounded once
 
     def test_are_not_rounded_by_autocast(self):
         image = torch.rand(3, 32, 32)

@@ -540,6 +540,19 @@ class TestPrecision:
         expected = make_memo(make_network(norm), steps=2).adapt_step(IMAGES)
         torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
 
+    def test_statistics_are_not_rounded_by_autocast(self):
+        network, seen = make_network("bn"), []
+        network[1].register_forward_hook(
+            lambda layer, inputs, _: seen.append((inputs[0], layer.running_mean, layer.running_var))
+        )
+        adapter = make_memo(network, prior_strength=0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            adapter.adapt_step(IMAGES[:1])
+        for inputs, mean, var in seen:
+            assert inputs.dtype == torch.bfloat16
+            exact = torch.var_mean(inputs.detach().double(), dim=(0, 2, 3))
+            torch.testing.assert_close((var.double(), mean.double()), exact, rtol=1e-5, atol=1e-6)
+
     @NORMS
     def test_a_network_in_bfloat16(self, norm):
         adapter = make_memo(make_network(norm).bfloat16())
@@ -553,8 +566,10 @@ class TestPrecision:
 @NORMS
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_works_whatever_grad_mode_surrounds_it(norm, mode):
-    expected = make_memo(make_network(norm)).adapt_step(IMAGES)
-    adapter = make_memo(make_network(norm))
+    other, adapter = make_memo(make_network(norm)), make_memo(make_network(norm))
+    for each in (other, adapter):
+        each.terms.append(lambda out, head: out.logits.square().mean())
+    expected = other.adapt_step(IMAGES)
     with mode():
         assert torch.equal(adapter(IMAGES * 1), expected)
         found = adapter.adapt_step(IMAGES * 1)

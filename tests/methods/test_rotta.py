@@ -445,7 +445,7 @@ class TestStatistics:
 
         monkeypatch.setattr(network[8], "forward", lambda x: broken(x, None))
         with pytest.raises(RuntimeError, match="of the user's"):
-            adapter._update(adapter._bank(coloured_squares(1)[0], 10))
+            adapter._update(adapter._bank(coloured_squares(1)[0], torch.arange(10)))
         monkeypatch.undo()
         assert are_equal(kept, adapter.state_dict())
         assert hooks == [len(m._forward_pre_hooks) for m in network.modules()]
@@ -528,7 +528,7 @@ class TestLifeCycle:
             assert_close(ours.moving_tensors()[name], tensor)
         report = ours.report
         assert (report.updated, report.finite, report.failed) == (True, False, 2)
-        assert report.reason == ""
+        assert "2 of 16 images" in report.reason
 
     def test_an_update_that_is_not_finite_moves_nothing_but_the_bank(self, norm):
         adapter = make_rotta(network_of(norm), Adam(lr=0.01))

@@ -124,8 +124,8 @@ def test_a_batch_with_a_nan_keeps_its_graph_however_few_are_kept():
     assert not adapter.report.finite
 
 
-def test_frozen_batch_normalisation_keeps_the_graph_too():
-    """Its statistics are the batch's under these methods, whatever the user's module says."""
+def test_a_single_layer_of_batch_normalisation_keeps_the_graph_too():
+    """Behind groups, after the head: its statistics are the batch's, wherever it stands."""
     network = nn.Sequential(sharp_network("gn"), nn.BatchNorm1d(10).double())
     images = coloured_squares(1)[0]
     adapter = EATA(network, SGD(lr=0.1), e_margin=5.0, d_margin=2.0, fisher_alpha=0.0)

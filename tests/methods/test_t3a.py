@@ -354,7 +354,7 @@ def test_the_classes_may_change_after_a_reset_only(classes):
     adapter.restrict_classes([7, 2, 5])
     adapter.adapt_step(images)
     adapter.restrict_classes(classes)
-    with pytest.raises(InputError, match=r"were of 3 classes.*reset"):
+    with pytest.raises(InputError, match=r"there were 3 classes.*reset"):
         adapter.adapt_step(images)
     adapter.reset()
     assert adapter.adapt_step(images).shape == (16, len(classes))

@@ -196,7 +196,7 @@ class TestBatchNorm:
         with pytest.raises(
             InputError,
             match=r"Sequential has 2 batch normalisation layers, the first of them '1'.*"
-            r"one single image.*ResNet26GN.*batch_norm: group",
+            r"views of one image.*ResNet26GN.*batch_norm: group",
         ):
             with_heads(make_network("bn"))
 

@@ -79,11 +79,11 @@ class CostMonitor(AdaptCallback):
 
     def summary(self) -> dict[str, Any]:
         """Return the figures under ``cost``; seconds and bytes."""
-        seconds = sum(sum(times) for times in self._seconds.values())
+        seconds = sum(self._seconds.values())
         batches = max(self._batches, 1)
         phases = {
             name: {
-                "seconds_per_batch": _mean_after_warm_up(self._seconds[name]),
+                "seconds_per_batch": self._seconds_per_batch(name),
                 "peak_memory_bytes": self._peaks.get(name),
             }
             for name in self._seconds
@@ -98,6 +98,12 @@ class CostMonitor(AdaptCallback):
             }
         }
 
+    def _seconds_per_batch(self, phase: str) -> float:
+        """Average over all batches but the first; a phase need not run in each of them."""
+        if self._batches <= 1:
+            return self._seconds[phase]
+        return (self._seconds[phase] - self._first.get(phase, 0.0)) / (self._batches - 1)
+
     @contextmanager
     def _observe(self, phase: str) -> Iterator[None]:
         _reset_peak(self._device)
@@ -111,7 +117,9 @@ class CostMonitor(AdaptCallback):
         _synchronise(self._device)
         elapsed = time.perf_counter() - start
         self._batch_seconds += elapsed
-        self._seconds.setdefault(phase, []).append(elapsed)
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + elapsed
+        if self._batches <= 1:
+            self._first[phase] = self._seconds[phase]
         peak = _peak(self._device)
         if peak is not None:
             self._peaks[phase] = max(peak, self._peaks.get(phase, 0))
@@ -137,15 +145,11 @@ class CostMonitor(AdaptCallback):
         self._counts = False
         self._hooks = []
         self._batches = self._images = self._forwards = self._backwards = 0
-        self._seconds: dict[str, list[float]] = {}
+        self._seconds: dict[str, float] = {}
+        self._first: dict[str, float] = {}
         self._peaks: dict[str, int] = {}
         self._batch_seconds = self._wall = self._started = 0.0
         self.images_per_second = None
-
-
-def _mean_after_warm_up(times: list[float]) -> float:
-    counted = times[1:] or times
-    return sum(counted) / len(counted)
 
 
 def _synchronise(device: torch.device) -> None:

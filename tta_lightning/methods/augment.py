@@ -12,6 +12,18 @@ from torchvision.transforms.v2 import functional as F
 from tta_lightning.functional import wide
 
 Padding = Literal["edge", "reflect"]
+SEED_STRIDE = 1_000_003  # between the seeds of two steps; seeds of methods are below it
+
+
+def generator_of_step(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Make the random numbers of a step, the same whenever it is repeated on the same device.
+
+    Args:
+        seed: Of the method, below :data:`SEED_STRIDE`.
+        step: How many there were since the last reset.
+        device: Where the numbers are drawn.
+    """
+    return torch.Generator(device).manual_seed(seed + SEED_STRIDE * step)
 
 
 def augment(

@@ -92,10 +92,9 @@ def augmix(image: Tensor, count: int, draws: np.random.Generator, crop: Crop = "
     """
     height, width = image.shape[-2:]
     drawn = draw(count, height, width, draws, crop)
-    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        pixels = (wide(image).clamp(0, 1) * 255).round().to(torch.uint8)
-        cropped = _cropped(pixels, drawn, crop)
-        return _mixed(cropped, drawn, wide(image).dtype).to(image.dtype)
+    pixels = (wide(image).clamp(0, 1) * 255).round().to(torch.uint8)
+    cropped = _cropped(pixels, drawn, crop)
+    return _mixed(cropped, drawn, wide(image).dtype).to(image.dtype)
 
 
 def draw(count: int, height: int, width: int, draws: np.random.Generator, crop: Crop) -> Drawn:
@@ -149,10 +148,8 @@ def _cropped(pixels: Tensor, drawn: Drawn, crop: Crop) -> Tensor:
         columns = boxes[:, 1, None] + torch.arange(width, device=pixels.device)
         parts = padded[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
     else:
-        size = [height, width]
-        parts = torch.stack(
-            [F.resized_crop(pixels, *box, size, antialias=True) for box in drawn.boxes.tolist()]
-        )
+        boxes = drawn.boxes.tolist()
+        parts = torch.stack([F.resized_crop(pixels, *box, [height, width]) for box in boxes])
     flips = torch.from_numpy(drawn.flips).to(pixels.device).view(-1, 1, 1, 1)
     return torch.where(flips, parts.flip(-1), parts)
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tta_lightning.adapter import Adapter
-from tta_lightning.contract import Outputs, map_tensors
-from tta_lightning.functional import keep_float32, wide, without_cast_cache
-from tta_lightning.methods.augment import augment
+from tta_lightning.contract import Outputs, writable
+from tta_lightning.functional import wide, without_cast_cache
+from tta_lightning.methods.augment import SEED_STRIDE, augment, generator_of_step
 from tta_lightning.models.norms import batch_norm_layers, use_batch_statistics
 from tta_lightning.rules import UpdateRule
-from tta_lightning.rules.base import require, require_fraction
+from tta_lightning.rules.base import require_fraction, require_whole
 
 _TEACHER, _STEP = "teacher", "step"  # in the memory: parameters by name, and a counter
-_SEED_STRIDE = 1_000_003  # between the seeds of two streams of random numbers
 
 
 @dataclass
@@ -106,10 +105,8 @@ class CoTTA(Adapter):
         self.mt = require_fraction("mt", mt)
         self.rst = require_fraction("rst", rst)
         self.ap = require_fraction("ap", ap)
-        require("n_augmentations", n_augmentations, 1)
-        self.n_augmentations = n_augmentations
-        require("seed", seed, 0, _SEED_STRIDE)
-        self.seed = seed
+        self.n_augmentations = require_whole("n_augmentations", n_augmentations, 1)
+        self.seed = require_whole("seed", seed, 0, SEED_STRIDE)
 
     def configure(self) -> None:
         """Let every parameter move; batch normalisation uses the statistics of the batch."""
@@ -128,8 +125,7 @@ class CoTTA(Adapter):
         """
         self.ready()
         with torch.inference_mode(False), torch.enable_grad(), without_cast_cache():
-            if images.is_inference():
-                images = images.clone()
+            images = writable(images)
             generator = self._generator(images.device)
             with self.phase("inference"):
                 teacher = self._ask_teacher(images, generator)
@@ -220,14 +216,4 @@ class CoTTA(Adapter):
         return int(self.memory.get(_STEP, 0))
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        """Make the random numbers of the next step."""
-        seed = self.seed + _SEED_STRIDE * self._steps()
-        return torch.Generator(device).manual_seed(seed)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the teacher along when the module changes device, but keep its precision."""
-        teacher = self.memory.get(_TEACHER)
-        super()._apply(fn, recurse)
-        if teacher is not None:
-            self.memory = {**self.memory, _TEACHER: map_tensors(keep_float32(fn), teacher)}
-        return self
+        return generator_of_step(self.seed, self._steps(), device)

@@ -18,7 +18,7 @@ from tta_lightning.functional import RELIABLE, entropy, entropy_margin, wide
 from tta_lightning.methods.selection import logits_of_kept
 from tta_lightning.models.norms import batch_norm_layers, fix_upper_norms, without_advice
 from tta_lightning.rules import UpdateRule
-from tta_lightning.rules.base import require
+from tta_lightning.rules.base import require, require_whole
 
 Destruction = Literal["patch", "occ", "pixel"]
 
@@ -110,20 +110,12 @@ class DeYO(Adapter):
         self.margin_e0 = None if margin_e0 is None else require("margin_e0", margin_e0, 0.0)
         self.plpd_threshold = require("plpd_threshold", plpd_threshold, -1.0, 1.0)
         self.aug_type = aug_type
-        for name, value, least in (
-            ("patch_len", patch_len, 2),
-            ("occlusion_size", occlusion_size, 1),
-            ("row_start", row_start, 0),
-            ("column_start", column_start, 0),
-            ("seed", seed, 0),
-        ):
-            require(name, value, least)
-        self.patch_len = patch_len
-        self.occlusion_size = occlusion_size
-        self.row_start = row_start
-        self.column_start = column_start
+        self.patch_len = require_whole("patch_len", patch_len, 2)
+        self.occlusion_size = require_whole("occlusion_size", occlusion_size, 1)
+        self.row_start = require_whole("row_start", row_start, 0)
+        self.column_start = require_whole("column_start", column_start, 0)
+        self.seed = require_whole("seed", seed, 0)
         self.skip_top = skip_top
-        self.seed = seed
 
     def configure(self) -> None:
         """Let affine normalisation parameters move, but not those in the top of the network."""

@@ -10,12 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tta_lightning.adapter import Adapter
-from tta_lightning.contract import Outputs, StepReport, map_tensors
+from tta_lightning.contract import (
+    CLASSES,
+    Outputs,
+    StepReport,
+    check_classes,
+    class_positions,
+    map_tensors,
+    writable,
+)
 from tta_lightning.errors import InputError
 from tta_lightning.functional import RELIABLE, entropy, entropy_margin, keep_float32, wide
 from tta_lightning.methods.selection import logits_of_kept
 from tta_lightning.rules import UpdateRule
-from tta_lightning.rules.base import require
+from tta_lightning.rules.base import require, require_whole
 
 _DECAY = 0.9  # of the moving average of predictions
 _AVERAGE = "probabilities"  # its name in the memory: [C]
@@ -86,8 +94,7 @@ class EATA(Adapter):
         self.e_margin = None if e_margin is None else require("e_margin", e_margin, 0.0)
         self.d_margin = require("d_margin", d_margin, 0.0)
         self.fisher_alpha = require("fisher_alpha", fisher_alpha, 0.0)
-        require("fisher_samples", fisher_samples, 1)
-        self.fisher_samples = fisher_samples
+        self.fisher_samples = require_whole("fisher_samples", fisher_samples, 1)
         self.fisher: dict[str, Tensor] = {}
         """F by the parameter's name in the network, in its shape; empty before it was measured."""
 
@@ -149,7 +156,7 @@ class EATA(Adapter):
             batch = wide(out.logits.detach()).softmax(dim=1)[out.selected].mean(dim=0)
             before = self.memory.get(_AVERAGE)
             after = batch if before is None else _DECAY * before + (1 - _DECAY) * batch
-            self.memory = {_AVERAGE: after}
+            self.memory = {_AVERAGE: after, CLASSES: class_positions(out.logits, self.classes)}
         return report
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -172,8 +179,7 @@ class EATA(Adapter):
     def _gradient_of_own_labels(self, images: Tensor) -> dict[str, Tensor]:
         """Differentiate the mean cross-entropy of a batch against the model's own predictions."""
         with torch.inference_mode(False), torch.enable_grad():
-            if images.is_inference():
-                images = images.clone()
+            images = writable(images)
             logits = wide(self.outputs(images).logits)
             grads = self.gradients(F.cross_entropy(logits, logits.argmax(dim=1)))
         if grads is None:
@@ -188,12 +194,7 @@ class EATA(Adapter):
         average = self.memory.get(_AVERAGE)
         if average is None:
             return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        if len(average) != logits.shape[1]:
-            raise InputError(
-                f"EATA compares predictions with the average of those before, and there were "
-                f"{len(average)} classes then and are {logits.shape[1]} now. Call reset() when the "
-                "classes of the stream change."
-            )
+        check_classes(self.memory, class_positions(logits, self.classes), "EATA")
         probabilities = wide(logits.detach()).softmax(dim=1)
         similarity = F.cosine_similarity(average[None], probabilities, dim=1)
         return similarity.abs() < self.d_margin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tta_lightning.adapter import Adapter
-from tta_lightning.contract import Outputs, StepReport
-from tta_lightning.errors import InputError, unknown_name
+from tta_lightning.contract import Outputs, writable
+from tta_lightning.errors import unknown_name
 from tta_lightning.functional import wide
+from tta_lightning.methods.features import features_of, report_features
 from tta_lightning.rules.base import require_whole
 
 Affinity = Literal["knn", "rbf", "linear"]
@@ -52,7 +52,7 @@ class LAME(Adapter):
     are those of a batch together, so they depend on which images share it. An image alone keeps its
     class, and with ``knn`` its probabilities. Nothing is learnt and nothing is carried over; no
     parameter moves, and batch normalisation keeps the statistics of the source data. There is no
-    loss, so attached terms have no effect.
+    loss, so nothing can be added to it: the STAG callback refuses this method.
 
     The paper chose ``knn`` with ``k = 5`` by validation, which is the default here; the published
     code, and public benchmarks with it, default to ``rbf`` with ``k = 5``.
@@ -113,21 +113,22 @@ class LAME(Adapter):
         self.ready()
         with torch.inference_mode(False), torch.no_grad():
             with self.phase("inference"):
-                out = self.outputs(images)
+                out = self.outputs(writable(images))
             with self.phase("update"):
                 logits, left_out = self._joint(out)
-        self.report = _told(left_out, len(logits))
+        consequence = "predicted as the network does, apart from the others"
+        self.report = report_features(False, left_out, len(logits), consequence)
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
         """Predict as :meth:`adapt_step` does, without a report: ``[B, 3, H, W]`` to ``[B, C]``."""
         self.ready()
         with torch.inference_mode(False), torch.no_grad():
-            return self._joint(self.outputs(images))[0]
+            return self._joint(self.outputs(writable(images)))[0]
 
     def _joint(self, out: Outputs) -> tuple[Tensor, int]:
         """Correct the logits ``[B, C]`` of a batch; returns how many images were left out, too."""
-        logits, features = wide(out.logits), wide(self._features(out))
+        logits, features = wide(out.logits), features_of(self, out)
         finite = logits.isfinite().all(dim=1) & features.isfinite().all(dim=1)
         kept = int(finite.sum())
         if kept:
@@ -135,21 +136,6 @@ class LAME(Adapter):
             with torch.autocast(logits.device.type, enabled=False):
                 logits[finite] = self._iterate(logits[finite], features[finite])
         return logits, len(logits) - kept
-
-    def _features(self, out: Outputs) -> Tensor:
-        """Return the features ``[B, D]`` of a forward pass.
-
-        Raises:
-            InputError: The network does not end in one linear map.
-        """
-        head = self.head
-        if out.features is None:
-            raise InputError(
-                f"LAME compares what enters the final linear map of the network. {head.name!r} "
-                "looks like it, but did not run once, or another layer comes after it. Use a "
-                "network that returns what its head gives."
-            )
-        return out.features
 
     def _iterate(self, logits: Tensor, features: Tensor) -> Tensor:
         """Return the last exponent ``[B, C]`` for finite logits ``[B, C]``, features ``[B, D]``."""
@@ -160,7 +146,9 @@ class LAME(Adapter):
             pairwise = affinity @ z
             exponent = log_q + pairwise
             z = exponent.softmax(dim=1)
-            energy = -float(exponent.logsumexp(dim=1).sum())  # E at its minimum, which z is
+            energy = -float(
+                exponent.logsumexp(dim=1).double().sum()
+            )  # E at its minimum, which z is
             if step >= _FIRST_ITERATIONS and abs(energy - before) <= _TOLERANCE * abs(before):
                 break
             before = energy
@@ -195,14 +183,3 @@ def _gaussian(units: Tensor, k: int) -> Tensor:
     sigma = distances.sort(dim=1).values[:, min(k, len(units)) - 1].mean()
     sigma = sigma.clamp(min=_ROUNDING * torch.finfo(units.dtype).eps)
     return (-(distances / sigma).square() / 2).exp()
-
-
-def _told(left_out: int, images: int) -> StepReport:
-    """Report a batch; warn of images that were left out."""
-    if not left_out:
-        return StepReport(reason="LAME learns nothing")
-    reason = f"{left_out} of {images} images gave logits or features that are not finite"
-    warnings.warn(
-        f"{reason}; they were predicted as the network does, apart from the others.", stacklevel=3
-    )
-    return StepReport(finite=False, reason=reason)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tta_lightning.adapter import Adapter
-from tta_lightning.contract import Outputs, StepReport
+from tta_lightning.contract import Outputs, StepReport, writable
 from tta_lightning.errors import unknown_name
 from tta_lightning.functional import all_finite, wide, without_cast_cache
 from tta_lightning.methods.augmix import Crop, augmix
@@ -160,6 +160,7 @@ class MEMO(Adapter):
         """
         log_p = wide(out.logits).log_softmax(dim=1)
         log_mean = log_p.logsumexp(dim=0) - math.log(len(log_p))
+        log_mean = log_mean.clamp(min=torch.finfo(log_mean.dtype).min)  # a class may be ruled out
         return -(log_mean.exp() * log_mean).sum()
 
     # Episodes ------------------------------------------------------------------------------------
@@ -175,8 +176,7 @@ class MEMO(Adapter):
             prediction is that of theta; all without graph.
         """
         with torch.inference_mode(False), torch.enable_grad(), without_cast_cache():
-            if images.is_inference():
-                images = images.clone()
+            images = writable(images)
             first = self._served()
             rows = [self._episode(image, first + place) for place, image in enumerate(images)]
             logits, losses, finite = zip(*rows, strict=True)

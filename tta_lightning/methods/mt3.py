@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tta_lightning.adapter import Adapter
-from tta_lightning.contract import Outputs, StepReport, restricted
+from tta_lightning.contract import Outputs, StepReport, restricted, writable
 from tta_lightning.errors import InputError, unknown_name
 from tta_lightning.functional import all_finite, without_cast_cache
 from tta_lightning.inner_loop import InnerLoop, Parameters, Target, embed, inner_adapt
@@ -134,8 +134,7 @@ class MT3(Adapter):
             predicted: Tensor = self(images).detach()
             return predicted
         with torch.inference_mode(False), torch.enable_grad(), without_cast_cache():
-            if images.is_inference():
-                images = images.clone()
+            images = writable(images)
             served = int(self.memory.get(_SERVED, 0))
             numbers = range(served, served + len(images))
             if self._way == "auto" and len(images) > 1 and not self.terms:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tta_lightning.adapter import Adapter
-from tta_lightning.contract import Outputs, StepReport
+from tta_lightning.contract import CLASSES, Outputs, StepReport, check_classes, class_positions
 from tta_lightning.errors import InputError
-from tta_lightning.functional import entropy, keep_float32, wide
-from tta_lightning.methods.augment import augment
+from tta_lightning.functional import entropy, wide
+from tta_lightning.methods.augment import SEED_STRIDE, augment, generator_of_step
 from tta_lightning.models.norms import batch_norm_layers, without_advice
 from tta_lightning.rules import UpdateRule
-from tta_lightning.rules.base import require, require_fraction
+from tta_lightning.rules.base import require_fraction, require_whole
 
 _AVERAGE, _STEP = "probabilities", "step"  # in the memory: m [C], and a counter
 _CLIP, _OFFSET = 0.99, 1e-5  # of the probabilities and of their ratios, as published
-_SEED_STRIDE = 1_000_003  # between the seeds of two steps
 
 
 class ROID(Adapter):
@@ -81,9 +79,9 @@ class ROID(Adapter):
     * Layers are adapted, dropout is off and running statistics are kept unused as in
       :class:`Tent <tta_lightning.methods.Tent>`. :meth:`reset` also forgets ``m``.
 
-    The paper's rules: ``Adam(lr=1e-3)`` at batch 200 for CIFAR-10-C;
-    ``SGD(lr=2.5e-4, momentum=0.9)`` at batch 64 for ImageNet-C with a ResNet-50, which is the
-    default.
+    The authors' rules: ``Adam(lr=1e-3)`` at batch 200 for CIFAR-10-C;
+    ``SGD(lr=2.5e-4, momentum=0.9, nesterov=True)`` at batch 64 for ImageNet-C with a ResNet-50; the
+    default is that without Nesterov's.
 
     Args:
         network: Images ``[B, 3, H, W]`` in [0, 1] to logits ``[B, C]``; see :class:`Adapter`.
@@ -124,8 +122,7 @@ class ROID(Adapter):
         self.weighting = weighting
         self.consistency = consistency
         self.prior_correction = prior_correction
-        require("seed", seed, 0, _SEED_STRIDE)
-        self.seed = seed
+        self.seed = require_whole("seed", seed, 0, SEED_STRIDE)
 
     def adapt_step(self, images: Tensor) -> Tensor:
         """Predict a batch, then learn from it.
@@ -196,8 +193,7 @@ class ROID(Adapter):
 
     def _of_views(self, images: Tensor, kept: Tensor) -> Tensor:
         """Return the logits ``[K, C]`` of views of the K kept images, with their graph."""
-        seed = self.seed + _SEED_STRIDE * self._steps()
-        generator = torch.Generator(images.device).manual_seed(seed)
+        generator = generator_of_step(self.seed, self._steps(), images.device)
         views = augment(images[kept], generator, padding="reflect", blur_and_noise=False)
         # One image may be kept alone; of a batch of one, the pass on the images has warned already.
         with without_advice(batch_norm_layers(self.network).values()):
@@ -221,12 +217,7 @@ class ROID(Adapter):
         average: Tensor | None = self.memory.get(_AVERAGE)
         if average is None:
             return probabilities.new_full((classes,), 1 / classes)
-        if len(average) != classes:
-            raise InputError(
-                f"ROID compares predictions with the average of those before, and there were "
-                f"{len(average)} classes then and are {classes} now. Call reset() when the classes "
-                "of the stream change."
-            )
+        check_classes(self.memory, class_positions(probabilities, self.classes), "ROID")
         return average
 
     def _next_average(self, logits: Tensor) -> dict[str, Tensor]:
@@ -235,7 +226,8 @@ class ROID(Adapter):
             return {}
         probabilities = wide(logits).softmax(dim=1)
         before, batch = self._average(probabilities), probabilities.mean(dim=0)
-        return {_AVERAGE: self.momentum_probs * before + (1 - self.momentum_probs) * batch}
+        after = self.momentum_probs * before + (1 - self.momentum_probs) * batch
+        return {_AVERAGE: after, CLASSES: class_positions(logits, self.classes)}
 
     def _corrected(self, logits: Tensor) -> Tensor:
         """Scale logits ``[B, C]`` by the smoothed prior of their batch, if that is asked for."""
@@ -247,14 +239,6 @@ class ROID(Adapter):
 
     def _steps(self) -> int:
         return int(self.memory.get(_STEP, 0))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move ``m`` along when the module changes device, but keep its precision."""
-        average = self.memory.get(_AVERAGE)
-        super()._apply(fn, recurse)
-        if average is not None:
-            self.memory = {**self.memory, _AVERAGE: keep_float32(fn)(average)}
-        return self
 
 
 def soft_likelihood_ratio(logits: Tensor) -> Tensor:

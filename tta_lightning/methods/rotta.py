@@ -13,18 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from tta_lightning.adapter import Adapter
-from tta_lightning.contract import Outputs, StepReport, map_tensors, not_finite
+from tta_lightning.contract import (
+    CLASSES,
+    Outputs,
+    StepReport,
+    check_classes,
+    class_positions,
+    not_finite,
+    writable,
+)
 from tta_lightning.errors import InputError
-from tta_lightning.functional import all_finite, keep_float32, wide, without_cast_cache
-from tta_lightning.methods.augment import augment
+from tta_lightning.functional import all_finite, wide, without_cast_cache
+from tta_lightning.methods.augment import SEED_STRIDE, augment, generator_of_step
 from tta_lightning.methods.memory_bank import MemoryBank, kept_images
 from tta_lightning.models.norms import BatchNorm, batch_norm_layers, use_source_statistics
 from tta_lightning.rules import UpdateRule
 from tta_lightning.rules.base import require, require_fraction, require_whole
 
-# In the memory: tensors by name, tensors of the bank by name, and three counters.
-_TEACHER, _BANK, _CLASSES, _COUNT, _STEPS = "teacher", "bank", "classes", "count", "steps"
-_SEED_STRIDE = 1_000_003  # between the seeds of two streams of random numbers
+# In the memory: tensors by name, tensors of the bank by name, and two counters.
+_TEACHER, _BANK, _COUNT, _STEPS = "teacher", "bank", "count", "steps"
 _TINY = 1e-6  # inside the logarithm of the published entropy
 
 
@@ -121,7 +128,7 @@ class RoTTA(Adapter):
         super().__init__(network, rule)
         self.memory_size = require_whole("memory_size", memory_size, 1)
         self.update_frequency = require_whole("update_frequency", update_frequency, 1)
-        self.seed = require_whole("seed", seed, 0, _SEED_STRIDE)
+        self.seed = require_whole("seed", seed, 0, SEED_STRIDE)
         self.nu = require_fraction("nu", nu)
         self.alpha = require_fraction("alpha", alpha)
         self.lambda_t = require("lambda_t", lambda_t, 0.0)
@@ -151,6 +158,7 @@ class RoTTA(Adapter):
         """
         self.ready()
         with torch.inference_mode(False), torch.enable_grad(), without_cast_cache():
+            images = writable(images)
             with self.phase("inference"):
                 logits = self._ask_teacher(images)
             with self.phase("update"):
@@ -177,7 +185,7 @@ class RoTTA(Adapter):
         """
         self.ready()
         with torch.inference_mode(False), without_cast_cache():
-            return self._ask_teacher(images)
+            return self._ask_teacher(writable(images))
 
     @torch.no_grad()
     def _ask_teacher(self, images: Tensor) -> Tensor:
@@ -187,7 +195,8 @@ class RoTTA(Adapter):
 
     def _remember(self, images: Tensor, logits: Tensor) -> StepReport:
         """Offer a batch to the bank, image by image, and learn whenever an update is due."""
-        bank, count = self._bank(images, logits.shape[1]), int(self.memory.get(_COUNT, 0))
+        classes = class_positions(logits, self.classes)
+        bank, count = self._bank(images, classes), int(self.memory.get(_COUNT, 0))
         p = wide(logits).softmax(dim=1)
         entropies = -(p * (p + _TINY).log()).sum(dim=1)
         entropies = entropies.where(torch.isfinite(logits).all(dim=1), torch.nan)
@@ -200,15 +209,15 @@ class RoTTA(Adapter):
             if count % self.update_frequency == 0:
                 reports.append(self._update(bank))
         if known:
-            counters = {_COUNT: torch.tensor(count), _CLASSES: torch.tensor(bank.classes)}
-            self.memory = {**self.memory, _BANK: bank.state(entropies.dtype), **counters}
+            held = {_BANK: bank.state(entropies.dtype), CLASSES: classes}
+            self.memory = {**self.memory, **held, _COUNT: torch.tensor(count)}
         return _summary(reports, left_out=len(images) - len(known), size=len(images))
 
     def _update(self, bank: MemoryBank) -> StepReport:
         """Move student and teacher by what the bank holds, their statistics included."""
         kept, teacher, student = bank.by_class(), self._teacher(), self.moving_tensors()
         images = torch.stack([each.image for each in kept])
-        view = augment(images, self._generator(images.device))
+        view = augment(images, generator_of_step(self.seed, self._steps(), images.device))
         with torch.no_grad(), self._holding(teacher), self._robust(teacher) as of_teacher:
             targets = self.outputs(images).logits
         with self._robust(student) as of_student:
@@ -231,7 +240,7 @@ class RoTTA(Adapter):
         self.memory = {**self.memory, _TEACHER: new_teacher, _STEPS: steps}
         return StepReport(updated=True, loss=loss.detach())
 
-    def _bank(self, images: Tensor, classes: int) -> MemoryBank:
+    def _bank(self, images: Tensor, classes: Tensor) -> MemoryBank:
         """Return the bank as it stands, if images and classes are like those that it holds."""
         state, kept = self.memory.get(_BANK), []
         if state is not None:
@@ -241,14 +250,9 @@ class RoTTA(Adapter):
                     f"RoTTA learns from images that it keeps, and those are {before} while the new "
                     f"ones are {now}. Bring all images to one size, or call reset()."
                 )
-            if int(self.memory[_CLASSES]) != classes:
-                raise InputError(
-                    "RoTTA keeps images by their predicted class, and there were "
-                    f"{int(self.memory[_CLASSES])} classes then and are {classes} now. Call "
-                    "reset() when the classes of the stream change."
-                )
+            check_classes(self.memory, classes, "RoTTA")
             kept = list(kept_images(state))
-        return MemoryBank(self.memory_size, classes, self.lambda_t, self.lambda_u, kept)
+        return MemoryBank(self.memory_size, len(classes), self.lambda_t, self.lambda_u, kept)
 
     @contextmanager
     def _holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -296,22 +300,12 @@ class RoTTA(Adapter):
     def _steps(self) -> int:
         return int(self.memory.get(_STEPS, 0))
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """Make the random numbers of the next update."""
-        seed = self.seed + _SEED_STRIDE * self._steps()
-        return torch.Generator(device).manual_seed(seed)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move teacher and bank along when the module changes device or precision.
-
-        The teacher and the uncertainties keep float32 at least; the images are the network's input.
-        """
-        before, exactly = self.memory, keep_float32(fn)
+        """Give the images of the bank the precision of the network that will see them."""
+        before = self.memory.get(_BANK)
         super()._apply(fn, recurse)
-        if _TEACHER in before:
-            self.memory[_TEACHER] = map_tensors(exactly, before[_TEACHER])
-        if _BANK in before:
-            self.memory[_BANK]["uncertainties"] = exactly(before[_BANK]["uncertainties"])
+        if before is not None:
+            self.memory[_BANK]["images"] = fn(before["images"])
         return self
 
 
@@ -361,7 +355,7 @@ def _running(layer: BatchNorm) -> tuple[Tensor, Tensor]:
 
 def _summary(reports: list[StepReport], left_out: int, size: int) -> StepReport:
     """Report a batch with any number of updates; warn of images that were left out."""
-    reasons = [] if reports else ["no update is due"]
+    reasons = [] if reports or left_out else ["no update is due"]
     reasons += [report.reason for report in reports if report.reason]
     if left_out:
         reasons.insert(0, f"{left_out} of {size} images gave logits that are not finite")
@@ -371,6 +365,6 @@ def _summary(reports: list[StepReport], left_out: int, size: int) -> StepReport:
         updated=updated,
         loss=reports[-1].loss if reports else None,
         finite=not left_out and all(report.finite for report in reports),
-        reason="" if updated else "; ".join(dict.fromkeys(reasons)),
+        reason="" if updated and not left_out else "; ".join(dict.fromkeys(reasons)),
         failed=left_out,
     )

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tta_lightning.adapter import Adapter
-from tta_lightning.contract import Outputs, StepReport, map_tensors
+from tta_lightning.contract import CLASSES, Outputs, check_classes, class_positions, writable
 from tta_lightning.errors import InputError
-from tta_lightning.functional import entropy, keep_float32, wide
+from tta_lightning.functional import entropy, wide
+from tta_lightning.methods.features import features_of, report_features
 from tta_lightning.models.heads import check_head
-from tta_lightning.rules.base import require
 
 _ALL = -1  # as filter_k: no support is dropped
-# Names in the memory: [N, D] of unit length, [N] int64, [N] in nats, and [C] int64.
-_SUPPORTS, _LABELS, _ENTROPIES, _CLASSES = "supports", "labels", "entropies", "classes"
+# Names in the memory: [N, D] of unit length, [N] int64, and [N] in nats.
+_SUPPORTS, _LABELS, _ENTROPIES = "supports", "labels", "entropies"
 
 
 class T3A(Adapter):
@@ -45,8 +43,9 @@ class T3A(Adapter):
     happens where the row of a class is predicted as another class and no image is predicted as it.
 
     No parameter moves, and batch normalisation keeps the statistics of the source data. There is no
-    loss, so attached terms have no effect. The memory grows to ``M * C`` supports of D numbers
-    each, and they are part of the ``state_dict``; with ``filter_k=-1`` it grows with the stream.
+    loss, so nothing can be added to it: the STAG callback refuses this method. The memory grows to
+    ``M * C`` supports of D numbers each, and they are part of the ``state_dict``; with
+    ``filter_k=-1`` it grows with the stream.
 
     Departs from the published code in:
 
@@ -75,10 +74,11 @@ class T3A(Adapter):
 
     def __init__(self, network: str | dict[str, Any] | nn.Module, filter_k: int = 100) -> None:
         super().__init__(network)
-        if not isinstance(filter_k, int):
-            raise InputError(f"filter_k = {filter_k} is out of range: expected a whole number.")
-        if filter_k != _ALL:
-            require("filter_k", filter_k, 1)
+        if filter_k != _ALL and not (isinstance(filter_k, int) and filter_k >= 1):
+            raise InputError(
+                f"filter_k = {filter_k} is out of range: expected a whole number from 1 on, or "
+                f"{_ALL} for all supports."
+            )
         self.filter_k = filter_k
 
     def configure(self) -> None:
@@ -96,12 +96,13 @@ class T3A(Adapter):
         self.ready()
         with torch.inference_mode(False), torch.no_grad():
             with self.phase("inference"):
-                out = self.outputs(images)
+                out = self.outputs(writable(images))
             with self.phase("update"):
                 logits, memory, added = self._adjust(out)
         if added:
             self.memory = memory
-        self.report = _told(added, len(logits))
+        left_out = len(logits) - added
+        self.report = report_features(added > 0, left_out, len(logits), "not added to the supports")
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class T3A(Adapter):
         """
         self.ready()
         with torch.inference_mode(False), torch.no_grad():
-            return self._adjust(self.outputs(images))[0]
+            return self._adjust(self.outputs(writable(images)))[0]
 
     def _adjust(self, out: Outputs) -> tuple[Tensor, dict[str, Tensor], int]:
         """Predict a batch by the supports that it is part of.
@@ -123,64 +124,40 @@ class T3A(Adapter):
         Returns:
             Logits ``[B, C]``, the memory that follows, and how many images were added to it.
         """
-        features, logits = wide(self._features(out)), out.logits
+        features, logits = features_of(self, out), out.logits
         finite = features.isfinite().all(dim=1) & logits.isfinite().all(dim=1)
         with torch.autocast(features.device.type, enabled=False):
             new = _supports(features[finite], logits[finite])
-            old = self._before(out)
+            old = self._before(out, finite)
             grown = {name: torch.cat([old[name], tensor]) for name, tensor in new.items()}
             order = _surest(grown[_ENTROPIES], grown[_LABELS], self.filter_k)
             kept = {name: tensor[order] for name, tensor in grown.items()}
             centroids = _centroids(kept[_SUPPORTS], kept[_LABELS], logits.shape[1])
             predicted = features @ centroids.to(features).T
-        return predicted, {**kept, _CLASSES: old[_CLASSES]}, len(new[_LABELS])
+        return predicted, {**kept, CLASSES: old[CLASSES]}, len(new[_LABELS])
 
-    def _features(self, out: Outputs) -> Tensor:
-        """Return the features ``[B, D]`` of a forward pass.
-
-        Raises:
-            InputError: The network does not end in one linear map.
-        """
-        head = self.head
-        if out.features is None:
-            raise InputError(
-                f"T3A takes what enters the final linear map of the network. {head.name!r} looks "
-                "like it, but did not run once, or another layer comes after it. Use a network "
-                "that returns what its head gives."
-            )
-        return out.features
-
-    def _before(self, out: Outputs) -> dict[str, Tensor]:
+    def _before(self, out: Outputs, finite: Tensor) -> dict[str, Tensor]:
         """Return the memory before a batch; at first it is made of the rows of the head.
+
+        Args:
+            out: The forward pass on the batch.
+            finite: ``[B]`` bool, the images to check the head by.
 
         Raises:
             InputError: The head does not give the logits, or the classes are not those of the
                 memory.
         """
-        device, count = out.logits.device, out.logits.shape[1]
-        every = torch.arange(count, device=device)
-        classes = every if self.classes is None else self.classes.to(device)
+        classes = class_positions(out.logits, self.classes)
         if not self.memory:
             weight, bias = self.head.restricted(self.classes)
-            if len(out.logits):
-                check_head(self.head.name, out.features, weight, bias, out.logits)
+            if out.features is not None and finite.any():
+                seen, given = out.features[finite], out.logits[finite]
+                check_head(self.head.name, seen, weight, bias, given)
             rows = wide(weight)
             logits = F.linear(rows, rows, None if bias is None else bias.to(rows))
-            return {**_supports(rows, logits), _CLASSES: classes}
-        if not torch.equal(self.memory[_CLASSES], classes):
-            raise InputError(
-                f"T3A keeps supports by class, and those were of {len(self.memory[_CLASSES])} "
-                f"classes that are not the {count} of now. Call reset() when the classes of the "
-                "stream change."
-            )
+            return {**_supports(rows, logits), CLASSES: classes}
+        check_classes(self.memory, classes, "T3A")
         return self.memory
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the supports along when the module changes device, but keep their precision."""
-        memory = self.memory
-        super()._apply(fn, recurse)
-        self.memory = map_tensors(keep_float32(fn), memory)
-        return self
 
 
 def _supports(features: Tensor, logits: Tensor) -> dict[str, Tensor]:
@@ -225,13 +202,3 @@ def _centroids(supports: Tensor, labels: Tensor, classes: int) -> Tensor:
     rows = torch.arange(len(labels), device=labels.device)
     starts = torch.searchsorted(labels, torch.arange(classes, device=labels.device))
     return F.normalize(F.embedding_bag(rows, supports, starts, mode="sum"), dim=1)
-
-
-def _told(added: int, images: int) -> StepReport:
-    """Report a batch; warn of images that were not added to the supports."""
-    failed = images - added
-    if not failed:
-        return StepReport(updated=added > 0)
-    reason = f"{failed} of {images} images gave logits or features that are not finite"
-    warnings.warn(f"{reason}; they were not added to the supports.", stacklevel=3)
-    return StepReport(updated=added > 0, finite=False, reason=reason, failed=failed)

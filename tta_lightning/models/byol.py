@@ -172,8 +172,8 @@ def _refuse_batch_norm(backbone: nn.Module) -> None:
     if layers:
         raise InputError(
             f"{describe(backbone).name} has {len(layers)} batch normalisation layers, the first of "
-            f"them {next(iter(layers))!r}. MT3 steps on views of one single image, and statistics "
-            "of such a batch say nothing. Take a network with group or layer normalisation, such "
+            f"them {next(iter(layers))!r}. The step is on views of one image, and statistics of "
+            "such a batch say nothing. Take a network with group or layer normalisation, such "
             "as ResNet26GN, or set batch_norm: group to exchange them and train the network anew."
         )
 

@@ -82,7 +82,7 @@ def require(name: str, value: float, low: float, high: float | None = None) -> f
     upper = math.inf if high is None else high
     if not low <= value < upper:
         raise InputError(
-            f"{name} = {value} is out of range: expected {low:g} <= {name} < {upper:g}."
+            f"{name} = {value} is out of range: expected {_text(low)} <= {name} < {_text(upper)}."
         )
     return value
 
@@ -105,9 +105,14 @@ def require_whole(name: str, value: int, low: int, high: int | None = None) -> i
         InputError: Names the hyper-parameter, its value and its range.
     """
     require(name, value, low, high)
-    if not isinstance(value, int):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(f"{name} = {value} is out of range: expected a whole number.")
     return value
+
+
+def _text(bound: float) -> str:
+    """Write a bound out, whole numbers in full."""
+    return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
 
 
 def require_betas(betas: tuple[float, float]) -> tuple[float, float]:

@@ -80,13 +80,13 @@ class TTACLI(LightningCLI):
         """Say where the checkpoint is, which `tta adapt` takes as a network."""
         path = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if path and self.trainer.is_global_zero:
-            Console().print(f"checkpoint: {path}", soft_wrap=True)
+            Console(markup=False).print(f"checkpoint: {path}", soft_wrap=True)
 
     def after_adapt(self) -> None:
         """Say how it went and where the results are."""
         folder = run_folder(self.trainer)
         if folder is not None:
-            Console().print(summarise(Run.load(folder)), soft_wrap=True)
+            Console(markup=False).print(summarise(Run.load(folder)), soft_wrap=True)
 
     def before_test(self) -> None:
         """Refuse to test an adapter before anything runs."""

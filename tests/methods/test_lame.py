@@ -194,6 +194,15 @@ class TestEqualFeatures:
         actual = LAME(network, k=1, max_steps=1).adapt_step(images)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
 
+    def test_of_many_equally_near_the_first_ones_count(self):
+        network = Colours(UNITY)
+        images = plain_images([[i / 16, 0.0, 0.0] for i in range(1, 65)])  # of one direction
+        q = source_outputs(network, images)[0].softmax(1)
+        first = [[j for j in range(4) if j != i][:3] for i in range(64)]
+        expected = (q + 1e-10).log() + q[first].sum(1)
+        actual = LAME(network, k=3, max_steps=1).adapt_step(images)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+
     def test_a_wide_batch_of_one_image(self):
         network = Colours(UNITY)
         images = plain_images([[0.5, 0.25, 0.125]] * 6)

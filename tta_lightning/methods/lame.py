@@ -146,9 +146,8 @@ class LAME(Adapter):
             pairwise = affinity @ z
             exponent = log_q + pairwise
             z = exponent.softmax(dim=1)
-            energy = -float(
-                exponent.logsumexp(dim=1).double().sum()
-            )  # E at its minimum, which z is
+            # E at its minimum, which z is; in double precision, where 1e-8 of it can be told.
+            energy = -float(exponent.double().logsumexp(dim=1).sum())
             if step >= _FIRST_ITERATIONS and abs(energy - before) <= _TOLERANCE * abs(before):
                 break
             before = energy

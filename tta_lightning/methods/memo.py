@@ -160,7 +160,6 @@ class MEMO(Adapter):
         """
         log_p = wide(out.logits).log_softmax(dim=1)
         log_mean = log_p.logsumexp(dim=0) - math.log(len(log_p))
-        log_mean = log_mean.clamp(min=torch.finfo(log_mean.dtype).min)  # a class may be ruled out
         return -(log_mean.exp() * log_mean).sum()
 
     # Episodes ------------------------------------------------------------------------------------

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,127 +16,80 @@ from rich.table import Table
 from rich.text import Text
 
 from tta_lightning.errors import InputError
+from tta_lightning.report.run import Run, differences, is_hash, labels
 from tta_lightning.runs import write_atomically
 
+__all__ = ["Run", "build_tables", "compare", "differences", "summarise"]
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run, read from its folder.
-
-    Attributes:
-        folder: The folder.
-        manifest: What ``manifest.json`` holds.
-        metrics: What ``metrics.json`` holds.
-    """
-
-    folder: Path
-    manifest: dict[str, Any]
-    metrics: dict[str, Any]
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Run:
-        """Read a run.
-
-        Raises:
-            InputError: The folder is missing or holds no finished run.
-        """
-        return cls(
-            Path(folder),
-            _read(Path(folder, "manifest.json")),
-            _read(Path(folder, "metrics.json")),
-        )
-
-    @property
-    def name(self) -> str:
-        """Name of the folder."""
-        return self.folder.name
-
-    @property
-    def model(self) -> str:
-        """What identifies the source model: the hash of its weights."""
-        return str(self.manifest["model"]["weights_sha256"])
-
-    @property
-    def is_source(self) -> bool:
-        """Whether this is the model without adaptation."""
-        return bool(self.manifest["method"]["name"] == "Source")
-
-    def accuracies(self) -> dict[str, float | None]:
-        """Accuracy of each segment, and their mean."""
-        found = {s["segment"]: s["accuracy"] for s in self.metrics["segments"]}
-        known = [value for value in found.values() if value is not None]
-        return {**found, "mean": sum(known) / len(known) if known else None}
+MOST_ROWS = 40  # a longer table shows means over visits or severities
+MOST_ROUNDS = 10  # of more rounds, not every one is shown
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Find where the protocols of runs differ: stream, precision, completeness.
+class Row(NamedTuple):
+    """A row of the table: the mean over some segments."""
 
-    Args:
-        runs: Two or more runs.
-
-    Returns:
-        Name of the field to its value in each run; empty when the runs are comparable.
-    """
-    protocols = [_protocol(run) for run in runs]
-    fields = sorted({field for protocol in protocols for field in protocol})
-    values = {field: [protocol.get(field) for protocol in protocols] for field in fields}
-    return {field: found for field, found in values.items() if any(v != found[0] for v in found)}
+    label: str
+    segments: tuple[str, ...]
 
 
-def build_table(runs: Sequence[Run]) -> Table:
+class Column(NamedTuple):
+    """A column of the table: a run, and the run of the source model that it gains over."""
+
+    label: str
+    run: Run
+    baseline: Run | None
+
+
+def build_tables(runs: Sequence[Run], width: int | None = None) -> list[Table]:
     """Put runs side by side: a row a segment and the mean, a column a run.
 
-    The gain over the run of the method Source with the same model is coloured.
+    The gain over the run of the method Source with the same model and protocol is coloured. Of
+    more than 40 segments, those of one domain are averaged (of one corruption, where a run has it
+    at several severities), and where domains come again, each round of the stream has a row too.
 
     Args:
-        runs: Runs with the same segments.
+        runs: Runs; a segment that one lacks is left empty.
+        width: Characters a line; None for no limit.
 
     Returns:
-        A rich table of accuracies in percent.
+        Rich tables of accuracies in percent: one, or several if all runs are wider than ``width``.
     """
-    table = Table(
-        title="Accuracy in %, and gain over the source model",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=0,
-        collapse_padding=True,
-    )
-    table.add_column("segment", no_wrap=True)
-    for run in runs:
-        table.add_column(
-            f"{run.name}\n{run.manifest['method']['name']}", justify="right", min_width=10
-        )
-    columns = [run.accuracies() for run in runs]
-    baselines = {run.model: run.accuracies() for run in runs if run.is_source}
-    for segment in columns[0]:
-        if segment == "mean":
-            table.add_section()
-        cells = [
-            _cell(
-                column.get(segment),
-                None if run.is_source else baselines.get(run.model, {}).get(segment),
-            )
-            for run, column in zip(runs, columns, strict=True)
-        ]
-        table.add_row(Text(segment, style="bold" if segment == "mean" else ""), *cells)
-    return table
+    columns = [
+        Column(label, run, _baseline(run, runs))
+        for label, run in zip(labels(runs), runs, strict=True)
+    ]
+    sections, what = _sections(runs)
+    title = _title(columns, what)
+    for count in range(len(columns), 0, -1):
+        parts = [columns[i : i + count] for i in range(0, len(columns), count)]
+        tables = [_table(title, part, sections) for part in parts]
+        if width is None or all(table_width(table) <= width for table in tables):
+            break
+    return tables
+
+
+def table_width(table: Table) -> int:
+    """Return how many characters wide a table is that is given all the room it wants."""
+    return Console(width=1_000_000).measure(table).maximum
 
 
 def summarise(run: Run) -> str:
     """Say in two lines how a run went and where its results are."""
-    overall, segments = run.metrics["overall"], run.accuracies()
-    words = [f"{overall['images']} images in {run.metrics['batches']} batches"]
-    if segments["mean"] is not None:
-        words.append(f"accuracy {segments['mean']:.1%} (mean over {len(segments) - 1} segments)")
+    overall, accuracies = run.metrics["overall"], run.accuracies
+    images, batches = overall["images"], run.metrics["batches"]
+    words = [f"{_count(images, 'image')} in {_count(batches, 'batch', 'batches')}"]
+    mean = run.mean(accuracies)
+    if mean is not None:
+        known = sum(accuracy is not None for accuracy in accuracies.values())
+        words.append(f"accuracy {mean:.1%} (mean over {_count(known, 'segment')})")
     words += [f"{name} {overall[name]:.3f}" for name in ("nll", "ece") if overall[name] is not None]
     if overall["entropy"] is not None:
         words.append(f"entropy {overall['entropy']:.3f} nats")
-    for count, what in (
-        (run.metrics["bad_images"]["count"], "images left out"),
-        (run.metrics["nonfinite_batches"], "batches not finite"),
-    ):
-        if count:
-            words.append(f"{count} {what}")
+    left_out, nonfinite = run.metrics["bad_images"]["count"], run.metrics["nonfinite_batches"]
+    if left_out:
+        words.append(f"{_count(left_out, 'image')} left out")
+    if nonfinite:
+        words.append(f"{_count(nonfinite, 'batch', 'batches')} not finite")
     files = sorted(path.name for path in run.folder.iterdir() if path.is_file())
     return f"{', '.join(words)}\n{run.folder}: {', '.join(files)}"
 
@@ -162,16 +114,24 @@ def compare(arguments: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", help="folder to write curves.png and table.csv to")
     parser.add_argument("--force", action="store_true", help="compare runs of different protocols")
     options = parser.parse_args(list(arguments))
-    runs = [Run.load(folder) for folder in options.runs]
+    # a folder that is given twice, as by `runs/source runs/*`, is one run
+    folders = {Path(folder).resolve(): folder for folder in options.runs}
+    runs = [Run.load(folder) for folder in folders.values()]
     found = differences(runs)
     if found and not options.force:
-        shown = "; ".join(f"{k}: {' / '.join(map(str, v))}" for k, v in found.items())
+        shown = "; ".join(
+            f"{field}: {' / '.join(_shown(field, value) for value in values)}"
+            for field, values in found.items()
+        )
         raise InputError(
             f"These runs follow different protocols ({shown}). Compare runs of one protocol, or "
             "use --force."
         )
-    console = Console()
-    console.print(build_table(runs))
+    console = Console(markup=False)  # names of folders may hold brackets
+    tables = build_tables(runs, console.width if console.is_terminal else None)
+    console.width = max(console.width, *map(table_width, tables))
+    for table in tables:
+        console.print(table)
     if options.output:
         _write(Path(options.output), runs)
         console.print(f"curves  {Path(options.output, 'curves.png')}", soft_wrap=True)
@@ -184,14 +144,116 @@ def compare(arguments: Sequence[str]) -> int:
 def _write(folder: Path, runs: Sequence[Run]) -> None:
     from tta_lightning.report.plots import draw_curves  # matplotlib takes a second to import
 
+    names = labels(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "curves.png", draw_curves({run.name: run.metrics for run in runs}))
+    figures = {name: run.metrics for name, run in zip(names, runs, strict=True)}
+    write_atomically(folder / "curves.png", draw_curves(figures))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = [run.accuracies() for run in runs]
-    writer.writerow(["segment", *(run.name for run in runs)])
-    writer.writerows([name, *(column.get(name) for column in columns)] for name in columns[0])
+    writer.writerow(["segment", *names])
+    for row in (*_visits(runs), _mean(runs)):
+        writer.writerow([row.label, *(run.mean(row.segments) for run in runs)])
     write_atomically(folder / "table.csv", text.getvalue())
+
+
+def _baseline(run: Run, runs: Sequence[Run]) -> Run | None:
+    if run.is_source:
+        return None
+    sources = (other for other in runs if other.is_source and other.model == run.model)
+    return next((source for source in sources if not differences([run, source])), None)
+
+
+# Rows ---------------------------------------------------------------------------------------------
+
+
+def _sections(runs: Sequence[Run]) -> tuple[list[list[Row]], str]:
+    """Say which rows the table has, in groups that are set apart, and what they are means over."""
+    visits, mean = _visits(runs), _mean(runs)
+    domains = _grouped(mean.segments, _domain)
+    if len(visits) <= MOST_ROWS:
+        return [visits, [mean]], ""
+    if any(_has_severities(run) for run in runs):
+        return [_grouped(mean.segments, _corruption), [mean]], "severities"
+    if len(domains) < len(visits):
+        rounds = _thinned(_grouped(mean.segments, _round))
+        return [domains, rounds, [mean]], "visits"
+    return [visits, [mean]], ""
+
+
+def _visits(runs: Sequence[Run]) -> list[Row]:
+    return [Row(name, (name,)) for name in _mean(runs).segments]
+
+
+def _mean(runs: Sequence[Run]) -> Row:
+    return Row("mean", tuple(dict.fromkeys(name for run in runs for name in run.accuracies)))
+
+
+def _grouped(segments: Iterable[str], key: Callable[[str], str]) -> list[Row]:
+    groups: dict[str, list[str]] = {}
+    for segment in segments:
+        groups.setdefault(key(segment), []).append(segment)
+    return [Row(label, tuple(members)) for label, members in groups.items()]
+
+
+def _thinned(rounds: list[Row]) -> list[Row]:
+    """Keep the first round, those at equal steps, and the last."""
+    step = -(-len(rounds) // MOST_ROUNDS)
+    last = len(rounds)
+    return [row for n, row in enumerate(rounds, 1) if n in (1, last) or n % step == 0]
+
+
+def _domain(segment: str) -> str:
+    """Take the number of the visit off: ``fog-5 (2)`` is ``fog-5``."""
+    return re.sub(r" \(\d+\)$", "", segment)
+
+
+def _corruption(segment: str) -> str:
+    """Take visit and severity off: ``fog-5 (2)`` is ``fog``."""
+    return re.sub(r"-\d$", "", _domain(segment))
+
+
+def _round(segment: str) -> str:
+    visit = re.search(r" \((\d+)\)$", segment)
+    return f"round {visit.group(1) if visit else 1}"
+
+
+def _has_severities(run: Run) -> bool:
+    domains = set(map(_domain, run.accuracies))
+    return len(set(map(_corruption, domains))) < len(domains)
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def _title(columns: Sequence[Column], what: str) -> str:
+    runs = [column.run for column in columns]
+    title = "Accuracy in %"
+    if any(column.baseline is not None for column in columns):
+        title += ", and gain over the source model"
+    if what:
+        title += f"; each row the mean over its {what}"
+    if any(list(run.accuracies) != list(runs[0].accuracies) for run in runs):
+        title += "; mean: over each run's own segments"
+    return title
+
+
+def _table(title: str, columns: Sequence[Column], sections: Sequence[Sequence[Row]]) -> Table:
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, collapse_padding=True
+    )
+    table.add_column("segment", no_wrap=True)
+    for label, run, _ in columns:
+        header = Text(f"{label}\n{run.method}")
+        table.add_column(header, justify="right", min_width=10, no_wrap=True)
+    for section in sections:
+        table.add_section()
+        for row in section:
+            cells = (
+                _cell(run.mean(row.segments), None if base is None else base.mean(row.segments))
+                for _, run, base in columns
+            )
+            table.add_row(Text(row.label, style="bold" if row.label == "mean" else ""), *cells)
+    return table
 
 
 def _cell(accuracy: float | None, baseline: float | None) -> Text:
@@ -205,31 +267,13 @@ def _cell(accuracy: float | None, baseline: float | None) -> Text:
     return text
 
 
-def _protocol(run: Run) -> dict[str, Any]:
-    stream = run.manifest["stream"] or {}
-    flat = {f"stream.{key}": _without_root(value) for key, value in stream.items()}
-    return {
-        **flat,
-        "segments": [segment["segment"] for segment in run.metrics["segments"]],
-        "images": run.metrics["overall"]["images"],
-        "precision": run.manifest["precision"],
-        "completed": run.metrics["completed"],
-    }
+def _count(number: int, one: str, several: str | None = None) -> str:
+    return f"{number} {one if number == 1 else several or one + 's'}"
 
 
-def _without_root(value: Any) -> Any:
-    """Leave out where the images lie: their digest says which they are."""
-    return {k: v for k, v in value.items() if k != "root"} if isinstance(value, dict) else value
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror}. Give folders that `tta adapt` wrote and "
-            "that came to an end."
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}. The run cannot be compared.") from error
-    return values
+def _shown(field: str, value: Any) -> str:
+    """Write a value of a protocol out, short enough for a message."""
+    if is_hash(field):
+        return str(value)[:12]
+    text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

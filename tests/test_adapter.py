@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from tests.loops.test_adaptation import Logits, quiet
-from tests.networks import are_equal, head_of, make_batches, make_network
+from tests.methods.test_selection import margin_keeping, watch
+from tests.networks import (
+    are_equal,
+    coloured_squares,
+    head_of,
+    make_batches,
+    make_network,
+    sharp_network,
+)
 from tests.streams import CLASSES, make_source
 from tta_lightning.adapter import Adapter
 from tta_lightning.callbacks import STAG
@@ -54,6 +62,11 @@ def make_eata(network):
     return adapter
 
 
+def margin_of_few(network):
+    """A margin in nats that 5 images of the first batch are within."""
+    return margin_keeping(network, make_batches()[0], kept=5)
+
+
 def make_mt3(network, method=MT3, **options):
     """MT3 steps on a loss of BYOL heads."""
     torch.manual_seed(4)
@@ -74,10 +87,16 @@ METHODS = {
     "tent-adam": lambda network: Tent(network, Adam(lr=0.01)),
     "eta-adam": lambda network: EATA(network, Adam(lr=0.01), WIDE, 2.0, fisher_alpha=0),
     "eata-sgd": make_eata,
+    "eta-few": lambda network: EATA(
+        network, SGD(lr=0.01), margin_of_few(network), 2.0, fisher_alpha=0
+    ),
     "sar-sgd": lambda network: SAR(network, SGD(lr=0.01, momentum=0.9), margin_e0=WIDE),
     "sar-adam-legacy": lambda network: SAR(network, Adam(lr=0.01), margin_e0=WIDE, legacy=True),
     "deyo-patch": lambda network: DeYO(network, SGD(lr=0.01), WIDE, plpd_threshold=-1),
     "deyo-pixel": lambda network: DeYO(network, Adam(lr=0.01), WIDE, None, -1, aug_type="pixel"),
+    "deyo-few": lambda network: DeYO(
+        network, Adam(lr=0.01), margin_of_few(network), plpd_threshold=-1
+    ),
     "cotta-views": lambda network: CoTTA(network, SGD(lr=0.01, momentum=0.9), n_augmentations=2),
     "cotta-plain": lambda network: CoTTA(network, Adam(lr=0.01), ap=0.0),
     "rotta-often": lambda network: RoTTA(network, Adam(lr=0.01), 24, update_frequency=8),
@@ -87,29 +106,76 @@ METHODS = {
     "lame-knn": lambda network: LAME(network),
     "lame-rbf": lambda network: LAME(network, affinity="rbf", symmetric=True),
     "t3a": lambda network: T3A(network, filter_k=3),
-    "memo": lambda network: MEMO(network, SGD(lr=0.05), n_augmentations=3),
-    "memo-adam": lambda network: MEMO(network, Adam(lr=0.01), n_augmentations=2, crop="resized"),
+    "memo": lambda network: MEMO(network, SGD(lr=0.05), n_augmentations=2),
+    "memo-adam": lambda network: MEMO(network, Adam(lr=0.01), n_augmentations=1, crop="resized"),
     "mgtta-mgg": lambda network: make_mgtta(network, make_mgg()),
     "mgtta-sgd": lambda network: make_mgtta(network, SGD(lr=0.01, momentum=0.9)),
     "mt3-loop": lambda network: make_mt3(network, episodes="loop"),
     "ttt": lambda network: make_mt3(network, TTT, episodes="loop"),
     "mt3-vmap": lambda network: make_mt3(network, episodes="vmap", in_flight=8),
 }
+NORMS = ("bn", "gn", "ln")
 ONLY, NEVER = ("bn",), ("mt3", "ttt")  # on batch normalisation; MT3 refuses it
-CASES = [
-    pytest.param(make, norm, id=f"{name}-{norm}")
-    for name, make in METHODS.items()
-    for norm in ("bn", "gn", "ln")
-    if not name.startswith(NEVER if norm == "bn" else ONLY)
-]
+BY_CLASS = ("eta-adam", "eata", "roid", "rotta", "t3a")  # what they remember is of some classes
+
+
+def cases(start="", norms=NORMS):
+    """Methods by the start of their names, each with every normalisation that it works with."""
+    return [
+        pytest.param(make, norm, id=f"{name}-{norm}")
+        for name, make in METHODS.items()
+        for norm in norms
+        if name.startswith(start) and not name.startswith(NEVER if norm == "bn" else ONLY)
+    ]
+
+
+CASES = cases()
 
 
 def state_of(module):
     return {name: tensor.clone() for name, tensor in module.network.state_dict().items()}
 
 
+def all_of(adapter):
+    """Everything that a step may change, copied: weights, state of the rule, memory."""
+    own = (adapter.network.state_dict(), adapter.rule_state, adapter.memory)
+    return copy.deepcopy(own)
+
+
+def is_finite(adapter):
+    """Whether everything that a step may change is."""
+    return all(torch.isfinite(t).all() for t in torch.utils._pytree.tree_leaves(all_of(adapter)))
+
+
+def averages_of(memory):
+    """The tensors of a memory by name, without the images that a method keeps."""
+    return {
+        name: tensor
+        for path, tensor in torch.utils._pytree.tree_flatten_with_path(memory)[0]
+        if "images" not in (name := torch.utils._pytree.keystr(path))
+    }
+
+
 def replay(adapter, batches):
     return torch.stack([adapter.adapt_step(images) for images in batches])
+
+
+def adapt_quietly(adapter, images):
+    """A step on images that a method may warn of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return adapter.adapt_step(images)
+
+
+class WritesToItsInput(nn.Module):
+    """Subtracts in place, as some preprocessing does."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images.sub_(0.5))
 
 
 @pytest.mark.parametrize(("make", "norm"), CASES)
@@ -151,29 +217,74 @@ class TestContract:
     def test_a_nan_batch_changes_nothing(self, make, norm):
         adapter = make(make_network(norm))
         replay(adapter, make_batches(2))
-        kept, rule = state_of(adapter), copy.deepcopy(adapter.rule_state)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            adapter.adapt_step(torch.full((4, 3, 32, 32), torch.nan))
-        assert all(torch.equal(t, kept[n]) for n, t in state_of(adapter).items())
-        leaves = torch.utils._pytree.tree_leaves
-        assert all(map(torch.equal, leaves(rule), leaves(adapter.rule_state)))
+        weights, rule, memory = all_of(adapter)
+        adapt_quietly(adapter, torch.full((4, 3, 32, 32), torch.nan))
+        assert are_equal(adapter.network.state_dict(), weights)
+        assert are_equal(adapter.rule_state, rule)
+        assert adapter.episodic or are_equal(adapter.memory, memory)  # or it counts the images
         assert not adapter.report.updated
+
+    def test_a_nan_image_among_others_spoils_nothing(self, make, norm):
+        adapter = make(make_network(norm))
+        first, bad, last = make_batches(3)
+        adapter.adapt_step(first)
+        bad[5] = torch.nan
+        logits = adapt_quietly(adapter, bad)
+        assert is_finite(adapter)
+        if norm != "bn":  # whose statistics may be those of the batch
+            assert torch.isfinite(logits).all(dim=1).tolist() == [i != 5 for i in range(16)]
+        assert torch.isfinite(adapter.adapt_step(last)).all()
+
+    def test_some_classes_alone(self, make, norm):
+        adapter = make(make_network(norm))
+        adapter.restrict_classes([7, 2, 5])
+        logits = replay(adapter, make_batches(2))
+        assert logits.shape == (2, 16, 3)
+        assert torch.isfinite(logits).all()
+        adapter.reset()
+        assert torch.equal(replay(adapter, make_batches(2)), logits)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "f64"])
+    def test_another_precision_in_mid_stream(self, make, norm, dtype):
+        adapter = make(make_network(norm))
+        first, second = make_batches(2)
+        adapter.adapt_step(first)
+        before = averages_of(copy.deepcopy(adapter.memory))
+        adapter.to(dtype)
+        after = averages_of(adapter.memory)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[n].double(), t.double()) for n, t in after.items())
+        assert torch.isfinite(adapter.adapt_step(second.to(dtype))).all()
+        assert is_finite(adapter)
+        averages = averages_of(adapter.memory).values()
+        assert not {t.dtype for t in averages} & {torch.bfloat16, torch.float16}
+
+    def test_images_of_inference_mode_and_a_network_that_writes_to_its_input(self, make, norm):
+        adapter = make(WritesToItsInput(make_network(norm)))
+        with torch.inference_mode():
+            batches = [images.clone() for images in make_batches(2)]
+        if getattr(adapter, "episodes", "") == "vmap":  # torch.func forbids it
+            with pytest.raises(InputError, match=r"in-place.*set episodes: loop"):
+                replay(adapter, batches)
+            return
+        logits = replay(adapter, batches)
+        assert logits.shape == (2, 16, 10)
+        assert torch.isfinite(logits).all()
+        assert all(map(torch.equal, batches, make_batches(2)))  # it was a copy that changed
 
     def test_an_image_alone_and_a_short_batch(self, make, norm):
         adapter = make(make_network(norm))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logits = [adapter.adapt_step(b) for b in (*make_batches(1, 1), *make_batches(1, 3))]
+        short = (*make_batches(1, 1), *make_batches(1, 3))
+        logits = [adapt_quietly(adapter, images) for images in short]
         assert [tuple(each.shape) for each in logits] == [(1, 10), (3, 10)]
         assert all(torch.isfinite(each).all() for each in logits)
 
-    def test_first_prediction_precedes_the_update(self, make, norm):
-        images = make_batches(1)[0]
+    def test_forward_predicts_what_the_next_step_returns(self, make, norm):
         adapter = make(make_network(norm))
-        expected = copy.deepcopy(adapter)(images).detach()
-        if not isinstance(adapter, BNStats | MT3):
-            assert torch.equal(adapter.adapt_step(images), expected)
+        for images in make_batches(2):
+            expected = copy.deepcopy(adapter)(images).detach()
+            logits = adapter.adapt_step(images)
+            assert isinstance(adapter, MT3) or torch.equal(logits, expected)  # MT3's is theta
 
     def test_works_whatever_grad_mode_surrounds_it(self, make, norm):
         expected = replay(make(make_network(norm)), make_batches())
@@ -211,11 +322,9 @@ class TestContract:
         self, make, norm
     ):
         adapter = make(make_network(norm))
-        step_sizes = [owner for owner in (adapter, adapter.rule) if hasattr(owner, "lr")]
-        if adapter.describe()["rule"] is None and adapter not in step_sizes:
-            return  # nothing descends
-        for owner in step_sizes:
-            owner.lr = 0.0
+        for owner in (adapter, adapter.rule):
+            if hasattr(owner, "lr"):
+                owner.lr = 0.0
         source = {name: p.clone() for name, p in adapter.network.named_parameters()}
         for images in make_batches():
             expected = copy.deepcopy(adapter)(images).detach()
@@ -260,6 +369,90 @@ class TestContract:
         twin = copy.deepcopy(adapter)
         expected = replay(adapter, make_batches(2, seed=5))
         assert torch.equal(replay(twin, make_batches(2, seed=5)), expected)
+
+
+@pytest.mark.parametrize(("make", "norm"), cases(BY_CLASS))
+@pytest.mark.parametrize("others", [[1, 8, 3], [5, 2, 7]], ids=["others", "another-order"])
+def test_other_classes_of_the_same_number_want_a_reset(make, norm, others):
+    adapter = make(make_network(norm))
+    adapter.restrict_classes([7, 2, 5])
+    replay(adapter, make_batches(2))
+    adapter.restrict_classes(others)
+    with pytest.raises(InputError, match=r"reset\(\)"):
+        adapter.adapt_step(make_batches(1)[0])
+    adapter.reset()
+    assert adapter.adapt_step(make_batches(1)[0]).shape == (16, 3)
+
+
+@pytest.mark.parametrize(("make", "norm"), cases(("eta-few", "deyo-few"), ("gn", "ln")))
+def test_few_are_few_enough_to_be_differentiated_alone(make, norm):
+    network = make_network(norm)
+    adapter = make(network)
+    _, backward = watch(network)
+    adapter.adapt_step(make_batches(1)[0])
+    assert backward == [5]
+
+
+def make_prepared_eata(network):
+    adapter = EATA(network, SGD(lr=0.01, momentum=0.9))
+    adapter.prepare(coloured_squares(2, seed=9))
+    return adapter
+
+
+SELECTIVE = {
+    "eta": lambda network: EATA(network, SGD(lr=0.01, momentum=0.9), fisher_alpha=0),
+    "eata": make_prepared_eata,
+    "sar": lambda network: SAR(network, SGD(lr=0.01, momentum=0.9)),
+    "sar-legacy": lambda network: SAR(network, SGD(lr=0.01, momentum=0.9), legacy=True),
+    "deyo": lambda network: DeYO(network, SGD(lr=0.01, momentum=0.9), aug_type="pixel"),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("make", SELECTIVE.values(), ids=SELECTIVE)
+class TestNothingReliable:
+    """With the default margins, after a batch that was learnt from."""
+
+    def test_without_any_preference_nothing_changes(self, make, norm):
+        adapter, (first, second) = make(sharp_network(norm)), coloured_squares(2)
+        adapter.adapt_step(first)
+        assert adapter.report.updated
+        with torch.no_grad():
+            head_of(adapter.network).weight.zero_()
+            head_of(adapter.network).bias.zero_()
+        before = all_of(adapter)
+        logits = adapter.adapt_step(second)
+        assert are_equal(all_of(adapter), before)
+        assert torch.equal(logits, torch.zeros(16, 10, dtype=torch.float64))
+        assert (adapter.report.updated, adapter.report.finite) == (False, True)
+        assert adapter.report.reason
+
+    def test_at_first_either(self, make, norm):
+        network = sharp_network(norm)
+        with torch.no_grad():
+            head_of(network).weight.zero_()
+            head_of(network).bias.zero_()
+        adapter = make(network)
+        adapter.ready()
+        before = all_of(adapter)
+        logits = replay(adapter, coloured_squares(2))
+        assert are_equal(all_of(adapter), before)
+        assert torch.isfinite(logits).all()
+        assert not adapter.report.updated
+        assert adapter.report.reason
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_deyo_counts_draws_that_it_learnt_nothing_from(norm):
+    """Of sure images whose prediction does not depend on their shape enough."""
+    adapter = DeYO(sharp_network(norm), SGD(lr=0.01, momentum=0.9), plpd_threshold=0.999)
+    adapter.ready()
+    weights, rule, _ = all_of(adapter)
+    replay(adapter, coloured_squares(2))
+    assert are_equal(adapter.network.state_dict(), weights)
+    assert are_equal(adapter.rule_state, rule)
+    assert [int(tensor) for tensor in adapter.memory.values()] == [2]
+    assert not adapter.report.updated
 
 
 def test_the_weights_of_a_learned_rule_are_described():

@@ -34,6 +34,16 @@ def heads_on(norm):
     return {**heads, "class_names": NETWORK["class_names"]}
 
 
+def without_batch_norm():
+    """The small network, with group normalisation."""
+    return {**NETWORK, "init_args": {**NETWORK["init_args"], "norm": "group"}}
+
+
+def method(name):
+    """Options that take another method and leave the network as it is."""
+    return ("--model", name, "--model.network", "model.ckpt")
+
+
 WIDER = {"class_path": "tta_lightning.models.SmallConvNet", "init_args": {"num_classes": 5}}
 
 
@@ -86,7 +96,11 @@ def adapt(*options, method="source"):
 
 ROOT = "--data.source.root"
 SHIFT = ("--data.scenario", "label_shift")
-RATIO = "--data.scenario_options.imbalance_ratio"
+OPTION = "--data.scenario_options."
+RATIO = f"{OPTION}imbalance_ratio"
+CORRELATED, RECURRING = ("--data.scenario", "correlated"), ("--data.scenario", "recurring")
+WINDOW = ("--data.scenario", "sliding_window", f"{OPTION}window")
+UNLABELLED = ("--data.source", "UnlabelledImages", ROOT, "images")
 MGTTA = ("--model", "MGTTA", "--model.network", "model.ckpt", "--model.rule")
 # what is given: the words that the sentence must hold
 STAG = "--trainer.callbacks+=STAG"
@@ -176,8 +190,38 @@ CASES = {
         ["continual has no options", "'imbalance_ratio'", "Leave it out"],
     ),
     "label shift without labels": (
-        (*SHIFT, "--data.source", "UnlabelledImages", ROOT, "images"),
+        (*SHIFT, *UNLABELLED),
         ["label_shift", "6 of 6 have no label", "source with labels"],
+    ),
+    "correlated without labels": (
+        (*CORRELATED, *UNLABELLED),
+        ["correlated", "6 of 6 have no label", "source with labels"],
+    ),
+    "delta 0": ((*CORRELATED, f"{OPTION}delta", "0"), ["delta = 0:", "above 0", "1,000,000"]),
+    "window 0": ((*WINDOW, "0"), ["window = 0:", "a whole number from 1 on"]),
+    "rounds 1.5": (
+        (*RECURRING, f"{OPTION}rounds", "1.5"),
+        ["rounds = 1.5:", "a whole number from 1 on"],
+    ),
+    "rounds that are no number": (
+        (*RECURRING, f"{OPTION}rounds", "ten"),
+        ["scenario_options.rounds = ten", "expected a number"],
+    ),
+    "rounds that are no number, among others": (
+        (*RECURRING, "--data.scenario_options", "{delta: 10, rounds: ten}"),
+        ["scenario_options.rounds = ten", "expected a number"],
+    ),
+    "gradual without a corruption": (
+        ("--data.scenario", "gradual", "--data.corruptions", "[fog, none]"),
+        ["gradual", "'none' is the image as it is", "Give corruptions without it"],
+    ),
+    "plan with a scenario": (
+        ("--data.plan", "plan.json", *CORRELATED),
+        ["plan.json", "scenario = correlated would be ignored", "Leave out the scenario"],
+    ),
+    "plan with options of a scenario": (
+        ("--data.plan", "plan.json", f"{OPTION}window", "8"),
+        ["plan.json", "scenario_options = {'window': 8", "would be ignored", "or leave out the"],
     ),
     "severity 6": (("--data.corruptions", "fog", "--data.severity", "6"), ["severity 6", "1 to 5"]),
     "batch size 0": (("--data.batch_size", "0"), ["batch_size = 0", "expected 1 or more"]),
@@ -223,6 +267,28 @@ CASES = {
         (*MGTTA, "SGD", "--model.statistics", "narrow.pt"),
         ["narrow.pt are those of 3 features", "gives 112"],
     ),
+    "LAME without neighbours": ((*method("LAME"), "--model.k", "0"), ["k = 0 ", "1 <= k"]),
+    "T3A without supports": (
+        (*method("T3A"), "--model.filter_k", "0"),
+        ["filter_k = 0", "expected", "-1"],
+    ),
+    "RoTTA whose teacher overtakes": (
+        (*method("RoTTA"), "--model.nu", "2"),
+        ["nu = 2", "0 <= nu <= 1"],
+    ),
+    "ROID at temperature 0": (
+        (*method("ROID"), "--model.temperature", "0"),
+        ["temperature = 0", "0 < temperature"],
+    ),
+    "MEMO without a step": ((*method("MEMO"), "--model.steps", "0"), ["steps = 0", "1 <= steps"]),
+    "BNStats without batch normalisation": (
+        (*method("BNStats"), "--model.network", json.dumps(without_batch_norm())),
+        ["BNStats re-estimates batch normalisation", "has no such layer", "Use a batch-normalised"],
+    ),
+    "TTT without BYOL heads": (
+        method("TTT"),
+        ["has no BYOL heads", "checkpoint of MT3 or of JointTraining", "BYOLHeads"],
+    ),
     "half precision": (("--trainer.precision", "16-true"), ["'16-true'", "bf16-mixed"]),
     "two devices": (("--trainer.devices", "2"), ["one device", "devices: 1"]),
 }
@@ -243,6 +309,45 @@ def assert_one_sentence(outcome, *words):
     for word in words:
         assert word in line
     assert "Traceback" not in outcome.err + outcome.out
+
+
+STREAM, SETTING = (CONFIGS / "stream" / name for name in ("digits.yaml", "sliding_window.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        pytest.param(("-c", SETTING, "-c", STREAM), "scenario", id="before its stream"),
+        pytest.param(("-c", SETTING), "scenario", id="without a stream"),
+        pytest.param(("--data.scenario", "gradual"), "scenario", id="as an option"),
+        pytest.param((f"{OPTION}delta", "1"), "scenario_options.delta", id="an option of it"),
+    ],
+)
+def test_a_setting_goes_after_a_stream(options, option, tta, place, tmp_path):
+    tent = ("adapt", "-c", CONFIGS / "adapt" / "tent.yaml")
+    outcome = tta(place, *tent, *options, "--trainer.run_dir", tmp_path / "run", *CPU)
+    assert_one_sentence(
+        outcome,
+        f"Option '{option}' has no stream to belong to",
+        "A setting goes after a stream: -c configs/stream/digits.yaml -c configs/stream/gradual",
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_after_a_stream_a_setting_is_taken(tta, place, tmp_path):
+    """And a whole number stays one in the manifest."""
+    stream = tmp_path / "stream.yaml"
+    stream.write_text(
+        "data: {class_path: Stream, init_args: {source: {class_path: ImageFolder, init_args: "
+        f"{{root: {place / 'images'}}}}}}}}}"
+    )
+    network = ("--model.network", place / "model.ckpt", "--trainer.run_dir", tmp_path / "run")
+    tent = ("adapt", "-c", CONFIGS / "adapt" / "tent.yaml", "-c", stream, "-c", SETTING)
+    outcome = tta(place, *tent, f"{OPTION}window", "3", *network, *CPU)
+    assert (outcome.code, outcome.err) == (0, "")
+    manifest = read_json(tmp_path / "run" / "manifest.json")
+    assert manifest["stream"]["scenario"] == "sliding_window"
+    assert repr(manifest["stream"]["scenario_options"]) == "{'window': 3}"  # no 3.0
 
 
 def test_a_training_whose_checkpoints_nobody_could_use(tta, place, tmp_path):

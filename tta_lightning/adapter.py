@@ -27,6 +27,7 @@ from tta_lightning.contract import (
 from tta_lightning.describe import constructor_arguments
 from tta_lightning.errors import InputError
 from tta_lightning.functional import all_finite, keep_float32
+from tta_lightning.models.classifier import describe as model_info
 from tta_lightning.models.heads import Head, capture_features, find_head
 from tta_lightning.models.loading import load_model
 from tta_lightning.models.norms import (
@@ -98,8 +99,8 @@ class Adapter(AdaptOnly):
         if not layers:
             raise InputError(
                 f"{type(self).__name__} moves the affine parameters of normalisation layers, but "
-                f"{type(self.network).__name__} has none. Use a network with batch, group or layer "
-                "normalisation, or a method that does not need them."
+                f"{model_info(self.network).name} has none. Use a network with batch, group or "
+                "layer normalisation, or a method that does not need them."
             )
         for layer in layers.values():
             for parameter in layer.parameters(recurse=False):

@@ -25,6 +25,12 @@ _CHOICE = re.compile(
     r".*?(?:Got value|Given value): (?P<given>\S+)",
     re.DOTALL,
 )
+_NUMBER_BY_NAME = re.compile(  # an argument that holds numbers by name: scenario_options
+    r'Parser key "(?P<key>[\w.]+)".*dict\[str, float\].*Got value: (?P<given>[^\n]*)\n'
+    r".*Given value: (?:NestedArg\(key='(?P<a>\w+)'|\{.*?'(?P<b>\w+)': '?(?P=given)['},])",
+    re.DOTALL,
+)
+_SETTING = ("scenario", "scenario_options")  # what files hold that go after a stream
 _VERB = re.compile(r"invalid choice: '(?P<name>[^']*)'")
 _VERBS = ("fit", "validate", "test", "adapt", "compare")
 _NESTING = re.compile(r"\.(?:class_path|init_args)\b")  # what YAML puts between the names
@@ -57,6 +63,12 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     if option:
         name = next(value for value in option.groupdict().values() if value is not None)
         name = _NESTING.split(name)[0]
+        if name.partition(".")[0] in _SETTING:
+            return (
+                f"Option {name!r} has no stream to belong to. A setting goes after a stream: "
+                "-c configs/stream/digits.yaml -c configs/stream/gradual.yaml, or --data Stream "
+                "... --data.scenario gradual."
+            )
         others = set(_options(parser)) - {name}  # a class that is not used here may have it
         return f"Unknown option {name!r}.{_nearest(name, others)} See --help."
     verb = _VERB.search(message) if "subcommand" in message else None
@@ -74,6 +86,10 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
             re.findall(r"'([^']*)'", choice["choices"]),
         )
         return str(unknown_name(name, choice["given"], choices))
+    number = _NUMBER_BY_NAME.search(message)
+    if number:
+        name = f"{number['key']}.{number['a'] or number['b']}"
+        return f"{name} = {number['given']}: expected a number."
     return _without_noise(message).replace("<class 'float'>", "number")
 
 

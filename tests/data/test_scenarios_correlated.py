@@ -181,7 +181,7 @@ def test_unknown_labels(name):
 
 
 @pytest.mark.parametrize("name", CORRELATED)
-@pytest.mark.parametrize("delta", [0, -1, float("nan"), float("inf"), 1e7])
+@pytest.mark.parametrize("delta", [0, -1, float("nan"), float("inf"), 10_000_000])
 def test_deltas_that_are_not_possible(name, delta):
     with pytest.raises(InputError, match=f"delta = {delta}: expected a number above 0"):
         make(name, delta=delta)

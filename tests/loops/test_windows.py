@@ -8,6 +8,7 @@ from torch import nn
 from tests.loops.test_adaptation import Logits, by_hand, logits_of, quiet, tent
 from tests.networks import make_network
 from tests.streams import make_source, make_stream
+from tta_lightning import methods
 from tta_lightning.callbacks import AdaptCallback
 from tta_lightning.data import ArraySource, BadImageError, Stream
 from tta_lightning.errors import InputError
@@ -96,6 +97,12 @@ def test_a_window_equals_a_list_of_the_last_images(size):
         assert not torch.allclose(found, logits_of(BNStats(make_network("bn")), stream), atol=1e-4)
 
 
+@pytest.mark.parametrize("given", [8, 8.0])
+def test_a_window_is_described_as_a_whole_number(given):
+    """A parser makes 8.0 of it."""
+    assert repr(windowed(given).describe()["scenario_options"]) == "{'window': 8}"
+
+
 def test_what_is_left_at_the_end_is_not_learnt_from():
     quiet(hooks := Hooks()).adapt(tent(), datamodule=windowed())
     assert [report.updated for report in hooks.reports] == [
@@ -139,7 +146,8 @@ def test_a_method_that_forgets_gets_the_newest_image_alone():
 
 
 def test_no_method_but_those_that_forget_is_episodic():
-    assert Tent.episodic is False
+    are_episodic = {name for name in methods.__all__ if getattr(methods, name).episodic}
+    assert are_episodic == {"MEMO", "MT3", "TTT"}
 
 
 class WithBadImages(ArraySource):

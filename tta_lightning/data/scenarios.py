@@ -102,8 +102,8 @@ def label_shift(
     """
     if not imbalance_ratio >= 1:  # also true of NaN
         raise InputError(
-            f"imbalance_ratio = {imbalance_ratio}: expected 1 (a shuffled stream) or more, up to "
-            "inf (one class after the other)."
+            f"imbalance_ratio = {_shown(imbalance_ratio)}: expected 1 (a shuffled stream) or more, "
+            "up to inf (one class after the other)."
         )
     own, classes = _own_classes("label_shift", labels)
     orders = [subset[label_shift_order(own, classes, imbalance_ratio, rng)] for _ in domains]
@@ -327,8 +327,8 @@ def _dirichlet(
     """Return what draws one order of the samples after the other."""
     if not 0 < delta <= MOST_DELTA:  # also true of NaN
         raise InputError(
-            f"delta = {delta}: expected a number above 0 (small: each class in few stretches of "
-            f"the stream) and up to {MOST_DELTA:,} (each class evenly in all of them)."
+            f"delta = {_shown(delta)}: expected a number above 0 (small: each class in few "
+            f"stretches of the stream) and up to {MOST_DELTA:,} (each class evenly in all of them)."
         )
     own, classes = _own_classes(scenario, labels)
     return partial(dirichlet_order, own, classes, delta, rng)
@@ -336,8 +336,13 @@ def _dirichlet(
 
 def _whole(name: str, value: float) -> int:
     if value < 1 or not float(value).is_integer():
-        raise InputError(f"{name} = {value}: expected a whole number from 1 on.")
+        raise InputError(f"{name} = {_shown(value)}: expected a whole number from 1 on.")
     return int(value)
+
+
+def _shown(value: float) -> float:
+    """Make an int of a whole number, which is then written without a decimal point."""
+    return int(value) if float(value).is_integer() else value
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -352,6 +357,8 @@ SCENARIOS: dict[str, Scenario] = {
 
 def complete_options(scenario: str, given: Mapping[str, float] | None) -> dict[str, float]:
     """Return all options of a scenario: those given, and the defaults of the others.
+
+    A whole number is an int where the default is one, whatever a parser has made of it.
 
     Args:
         scenario: A name in :data:`SCENARIOS`.
@@ -371,4 +378,5 @@ def complete_options(scenario: str, given: Mapping[str, float] | None) -> dict[s
                 "it out, or choose the scenario that it belongs to."
             )
         raise unknown_name(f"option of {scenario}", name, known)
-    return {**known, **(given or {})}
+    options = {**known, **(given or {})}
+    return {n: _shown(v) if isinstance(known[n], int) else v for n, v in options.items()}

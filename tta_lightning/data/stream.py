@@ -27,6 +27,7 @@ CORRUPTION_SETS = {
     "extra": corruption_module.EXTRA,
     "all": corruption_module.ALL,
 }
+_DEFAULT_SCENARIO = "reset_each_shift"
 
 
 class StreamBatch(NamedTuple):
@@ -73,8 +74,8 @@ class Stream(LightningDataModule):
             and counts it.
         num_workers: Processes that load and corrupt; the stream does not depend on it.
         clean: Images for methods that look at clean ones before the stream; labels are not used.
-        plan: A file written by ``Plan.save`` that replaces scenario, its options, corruptions,
-            severity, limit, subset and the order.
+        plan: A file written by ``Plan.save`` that replaces corruptions, severity, limit, subset and
+            the order. It was made by a scenario, so neither one nor its options can be given.
         scenario_options: Options of the scenario by name; None for its defaults. ``label_shift``
             has ``imbalance_ratio``: how much likelier samples of the current class are than others,
             from 1 (shuffled) to infinity (``.inf`` in YAML: one class after the other); 500,000.
@@ -83,14 +84,14 @@ class Stream(LightningDataModule):
             ``window``, in images, 64.
 
     Raises:
-        InputError: An argument is not possible, the source lacks a corruption, or the scenario
-            needs labels that the source does not have.
+        InputError: An argument is not possible, the source lacks a corruption, the scenario needs
+            labels that the source does not have, or a plan would replace the scenario.
     """
 
     def __init__(
         self,
         source: ImageSource,
-        scenario: str = "reset_each_shift",
+        scenario: str = _DEFAULT_SCENARIO,
         corruptions: str | list[str] | None = None,
         severity: int = 5,
         batch_size: int = 64,
@@ -114,6 +115,8 @@ class Stream(LightningDataModule):
         check_severity(severity)
         if scenario not in SCENARIOS:
             raise unknown_name("scenario", scenario, SCENARIOS)
+        if plan is not None:
+            _check_no_scenario(plan, scenario, scenario_options)
         self.source = source
         self.scenario = scenario
         self.scenario_options = complete_options(scenario, scenario_options)
@@ -254,6 +257,19 @@ class Stream(LightningDataModule):
 def _for_json(options: dict[str, float]) -> dict[str, float | str]:
     """Write infinity out as text, which JSON has no number for."""
     return {name: v if math.isfinite(v) else str(v) for name, v in options.items()}
+
+
+def _check_no_scenario(plan: str, scenario: str, options: dict[str, float] | None) -> None:
+    """Refuse a scenario or options that a plan would replace without a word."""
+    ignored = [] if scenario == _DEFAULT_SCENARIO else [f"scenario = {scenario}"]
+    if options:
+        ignored.append(f"scenario_options = {options}")
+    if ignored:
+        raise InputError(
+            f"The plan {plan} holds the order that its own scenario made, so "
+            f"{' and '.join(ignored)} would be ignored. Leave out the scenario (or set scenario: "
+            f"{_DEFAULT_SCENARIO} and scenario_options: null), or leave out the plan."
+        )
 
 
 def check_severity(severity: int) -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tta_lightning.adapter import Adapter
-from tta_lightning.contract import Outputs, StepReport
+from tta_lightning.contract import Outputs, StepReport, writable
 from tta_lightning.errors import InputError
 from tta_lightning.functional import all_finite
+from tta_lightning.models.classifier import describe
 from tta_lightning.models.norms import (
     BatchNorm,
     batch_norm_layers,
@@ -62,7 +63,7 @@ class BNStats(Adapter):
         layers = self._layers()
         if not layers:
             raise InputError(
-                f"BNStats re-estimates batch normalisation, but {type(self.network).__name__} has "
+                f"BNStats re-estimates batch normalisation, but {describe(self.network).name} has "
                 "no such layer with running statistics. Use a batch-normalised network, or another "
                 "method."
             )
@@ -79,7 +80,8 @@ class BNStats(Adapter):
             Logits ``[B, C]``.
         """
         self.ready()
-        with torch.no_grad(), self.phase("inference"):
+        with torch.inference_mode(False), torch.no_grad(), self.phase("inference"):
+            images = writable(images)
             if self._blends:
                 return self._outputs_with_blend(images, carry_on=self.running).logits
             self.report = StepReport(reason="statistics only, no parameter moves")

@@ -64,6 +64,7 @@ bench: setup  ## Time adapt against a bare loop, its memory on a long stream, an
 	$(BIN)/python benchmarks/learned_rule_cost.py
 	$(BIN)/python benchmarks/stag_cost.py
 	$(BIN)/python benchmarks/mt3_cost.py
+	$(BIN)/python benchmarks/method_cost.py
 
 clean:  ## Remove .venv and caches; runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

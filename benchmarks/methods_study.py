@@ -76,10 +76,12 @@ def make(options: argparse.Namespace, name: str, network: nn.Module, batch_size:
     if name == "mgtta":  # the learning rate that learned_rules.py found on the tuning corruptions
         given["rule"] = rules.MGG(options.mgg, lr=0.01)
     elif rule is not None:
-        lr = scaled(options, name, rule["init_args"].pop("lr"), batch_size)
+        lr = scaled(options, name, rule["init_args"].pop("lr"), batch_size) * options.lr_factor
         given["rule"] = getattr(rules, rule["class_path"])(lr=lr, **rule["init_args"])
     if name == "eta":
         given["fisher_alpha"] = 0.0
+    if name != "source":
+        given |= json.loads(options.given)
     method: type[Adapter] = getattr(methods, described["class_path"])
     adapter = method(copy.deepcopy(network), **given)
     adapter.restrict_classes(known_classes(options, network))
@@ -135,7 +137,7 @@ def shortened(batches: list[Batch], share: float) -> list[Batch]:
 
 SETTINGS = (
     *("presets", "test", "corruptions", "severity", "table", "image_size", "limit", "single"),
-    *("batch_size", "episodic_share", "mgg"),
+    *("batch_size", "episodic_share", "mgg", "clean", "given", "lr_factor"),
 )
 
 
@@ -255,6 +257,10 @@ def main() -> None:
         "--episodic-share", type=float, default=1.0, help="of the images, for MEMO, which is slow"
     )
     parser.add_argument("--mgg", help="checkpoint of MGG; without it MGTTA is left out")
+    parser.add_argument("--given", default="{}", help="JSON, instead of the preset's arguments")
+    parser.add_argument(
+        "--lr-factor", type=float, default=1.0, help="0: what a method does unlearnt"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; runs are added to it")
     options = parser.parse_args()

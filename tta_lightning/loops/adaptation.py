@@ -87,7 +87,7 @@ class AdaptationLoop(_EvaluationLoop):
         nonfinite_batches: Number of batches that were predicted but whose logits, loss or gradients
             were not finite.
         recoveries: How often the method itself returned to the source model.
-        images_without_step: Number of images that an episodic method could not adapt to.
+        images_without_step: Number of images that a method which takes them one by one left out.
         segment: The stretch of the stream that is running; None outside.
         window: The last images of the segment, where the plan has a window; else None.
         served: Number of images that the stream has given, bad ones included.

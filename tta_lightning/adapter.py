@@ -21,6 +21,7 @@ from tta_lightning.contract import (
     map_tensors,
     not_finite,
     restricted,
+    tensors_in,
     unobserved,
     writable,
 )
@@ -28,7 +29,7 @@ from tta_lightning.describe import constructor_arguments
 from tta_lightning.errors import InputError
 from tta_lightning.functional import all_finite, keep_float32
 from tta_lightning.models.classifier import describe as model_info
-from tta_lightning.models.heads import Head, capture_features, find_head
+from tta_lightning.models.heads import Head, capture_features, find_head, head_or_none
 from tta_lightning.models.loading import load_model
 from tta_lightning.models.norms import (
     batch_norm_layers,
@@ -212,9 +213,8 @@ class Adapter(AdaptOnly):
             included, and a warning says so.
         """
         grads = self.gradients(loss)
-        if grads is None:
+        if grads is None or not self.move(grads):
             return not_finite(loss)
-        self.move(grads)
         return StepReport(updated=True, loss=loss.detach())
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor] | None:
@@ -241,12 +241,21 @@ class Adapter(AdaptOnly):
         grads = {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
         return grads if all_finite(loss.detach(), *grads.values()) else None
 
-    def move(self, grads: Mapping[str, Tensor]) -> None:
-        """Take one step of the rule along gradients of adapted parameters, by name."""
-        with torch.no_grad():
-            updates, self.rule_state = self.rule.update(dict(grads), self.rule_state, self._adapted)
-            for name, update in updates.items():
-                self._adapted[name].add_(update)
+    @torch.no_grad()
+    def move(self, grads: Mapping[str, Tensor]) -> bool:
+        """Take one step of the rule along gradients of adapted parameters, by name.
+
+        Returns:
+            Whether it was taken: not where a weight or the state of the rule would overflow.
+        """
+        updates, state = self.rule.update(dict(grads), self.rule_state, self._adapted)
+        moved = {name: (p := self._adapted[name]).add(u).to(p) for name, u in updates.items()}
+        if not all_finite(*moved.values(), *tensors_in(state)):
+            return False
+        for name, tensor in moved.items():
+            self._adapted[name].copy_(tensor)
+        self.rule_state = state
+        return True
 
     @property
     def head(self) -> Head:
@@ -296,7 +305,7 @@ class Adapter(AdaptOnly):
         if self._source is not None:
             return
         self._adapted = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
-        self._head = _head_or_none(self.network)
+        self._head = head_or_none(self.network)
         self._source = {name: t.detach().clone() for name, t in self.moving_tensors().items()}
         self.rule_state = self.rule.init(self._adapted)
 
@@ -382,13 +391,6 @@ class Adapter(AdaptOnly):
 
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapter]] = weakref.WeakKeyDictionary()
 """The adapter that configured each network last: one network serves one method at a time."""
-
-
-def _head_or_none(network: nn.Module) -> Head | None:
-    try:
-        return find_head(network)
-    except InputError:
-        return None
 
 
 def _remember_source_first(module: nn.Module, *args: Any) -> None:

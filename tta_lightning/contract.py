@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -60,13 +60,15 @@ class StepReport:
 
 
 def not_finite(loss: Tensor) -> StepReport:
-    """Warn of a batch whose loss or gradient is not finite, and report that nothing moved."""
+    """Warn of a batch whose loss, gradient or step is not finite, and report that nothing moved."""
     warnings.warn(
-        "A batch gave a loss or a gradient that is not finite; it was predicted, but nothing was "
-        "learnt from it.",
+        "A batch gave a loss, a gradient or a step that is not finite; it was predicted, but "
+        "nothing was learnt from it.",
         stacklevel=3,
     )
-    return StepReport(loss=loss.detach(), finite=False, reason="loss or gradient is not finite")
+    return StepReport(
+        loss=loss.detach(), finite=False, reason="loss, gradient or step is not finite"
+    )
 
 
 def unobserved(phase: str) -> AbstractContextManager[None]:
@@ -175,3 +177,12 @@ def map_tensors(fn: Callable[[Tensor], Tensor], state: RuleState) -> RuleState:
         key: map_tensors(fn, value) if isinstance(value, dict) else fn(value)
         for key, value in state.items()
     }
+
+
+def tensors_in(state: RuleState) -> Iterator[Tensor]:
+    """Yield every tensor of nested dicts."""
+    for value in state.values():
+        if isinstance(value, dict):
+            yield from tensors_in(value)
+        else:
+            yield value

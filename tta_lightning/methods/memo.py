@@ -205,9 +205,8 @@ class MEMO(Adapter):
                 loss = self.with_terms(loss, self.outputs(image[None]))
             losses.append(loss.detach())
             grads = self.gradients(loss)
-            if grads is None:
+            if grads is None or not self.move(grads):
                 return losses[0], False
-            self.move(grads)
         return losses[0], True
 
     @torch.no_grad()

@@ -229,7 +229,8 @@ class RoTTA(Adapter):
         new_student, new_teacher = _carried(of_student), _carried(of_teacher)
         if grads is None or not all_finite(*new_student.values(), *new_teacher.values()):
             return not_finite(loss)
-        self.move(grads)
+        if not self.move(grads):
+            return not_finite(loss)
         with torch.no_grad():
             for name, statistic in new_student.items():
                 student[name].copy_(statistic)

@@ -142,9 +142,8 @@ class SAR(Adapter):
                 return StepReport(reason=_NOTHING_KEPT)
             total = self.with_terms(second, there)
             grads = self.gradients(total)
-        if grads is None:
+        if grads is None or not self.move(grads):
             return not_finite(total)
-        self.move(grads)
         return self._watch(second.detach(), StepReport(updated=True, loss=total.detach()))
 
     @contextmanager

@@ -166,6 +166,14 @@ def find_head(network: nn.Module) -> Head:
     return Head(name, found)
 
 
+def head_or_none(network: nn.Module) -> Head | None:
+    """Find the head as :func:`find_head` does; None where there is none of this kind."""
+    try:
+        return find_head(network)
+    except InputError:
+        return None
+
+
 def check_head(
     name: str, features: Tensor | None, weight: Tensor, bias: Tensor | None, logits: Tensor
 ) -> None:

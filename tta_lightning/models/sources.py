@@ -26,7 +26,7 @@ from torch import nn
 from tta_lightning.errors import InputError, unknown_name
 from tta_lightning.models.classifier import ModelInfo, describe
 from tta_lightning.models.downloads import cached_hub_file, cached_torch_file, downloading
-from tta_lightning.models.heads import find_head
+from tta_lightning.models.heads import head_or_none
 from tta_lightning.models.weights import load_strictly, read_weights
 
 IMAGENET_CLASSES = 1000
@@ -348,10 +348,8 @@ def _module_class(path: str) -> type[nn.Module]:
 
 def _count_outputs(network: nn.Module) -> int | None:
     """Return the number of logits where the network has a plain head, else None."""
-    try:
-        return find_head(network).weight.shape[0]
-    except InputError:
-        return None
+    head = head_or_none(network)
+    return None if head is None else head.weight.shape[0]
 
 
 def _unknown_model(library: str, name: str, known: Iterable[str], listing: str) -> InputError:

@@ -6,7 +6,7 @@ RUNS ?= runs/demo
 ADAPTED := gn-source gn-tent gn-mgtta bn-source bn-bnstats bn-tent
 EPISODIC := mt3-source mt3-mt3
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test test-all lint format bench clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -47,6 +47,9 @@ $(RUNS)/mt3-%:
 
 test: setup  ## Run the tests
 	$(BIN)/pytest
+
+test-all: setup  ## Run the tests, those that take long too
+	TTA_FUZZ_EXAMPLES=2000 $(BIN)/pytest -m ""
 
 lint: setup  ## Check format, style and types
 	$(BIN)/ruff format --check

@@ -27,6 +27,8 @@ from tta_lightning.models import SmallConvNet, checkpoint_record, load_model
 YAMLS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y*ml"))
 SMALL = ("--data.limit", "20", "--data.corruptions", "[none, contrast]", "--data.batch_size", "8")
 RUN_FILES = {
+    ".lock",
+    "checkpoints",
     "config.yaml",
     "curves.png",
     "manifest.json",
@@ -273,7 +275,8 @@ def runs(tta, digits_checkpoint, tmp_path_factory):
 
 
 def test_training_leaves_checkpoint_configuration_and_log(digits_run):
-    assert {path.name for path in digits_run.iterdir()} == {"checkpoints", "config.yaml", "logs"}
+    written = {path.name for path in digits_run.iterdir()}
+    assert written == {".lock", "checkpoints", "config.yaml", "logs"}
     content = torch.load(digits_run / "checkpoints" / "best.ckpt", weights_only=True)
     assert content["tta_lightning"]["class_names"] == list("0123456789")
     logged = read_csv(digits_run / "logs" / "metrics.csv")

@@ -40,13 +40,22 @@ MAY_IMPORT = {
         *("inner_loop", "views"),
     },
     "runs": {"errors"},
+    "snapshots": {"errors", "contract", "adapter"},
+    "checkpoints": {"errors", "runs"},
+    "collapse": {"errors", "functional", "contract", "adapter", "snapshots"},
+    "serving": {"errors", "functional", "contract", "adapter", "snapshots", "collapse"},
     "report": {"errors", "runs"},
     "callbacks": {
         *("errors", "describe", "functional", "rules", "models", "data", "adapter"),
-        *("contract", "methods", "runs", "report"),
+        *("contract", "methods", "runs", "report", "checkpoints", "collapse", "snapshots"),
     },
-    "loops": {"errors", "functional", "models", "data", "adapter", "contract"},
-    "trainer": {"errors", "models", "data", "adapter", "callbacks", "loops", "runs"},
+    "loops": {
+        *("errors", "functional", "models", "data", "adapter", "contract"),
+        *("checkpoints", "snapshots"),
+    },
+    "trainer": {
+        *("errors", "models", "data", "adapter", "callbacks", "loops", "runs", "checkpoints"),
+    },
 }
 SEES_EVERYTHING = {"cli", "explain", "__init__"}
 

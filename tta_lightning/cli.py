@@ -6,6 +6,7 @@ import logging
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter
@@ -40,7 +41,9 @@ class _SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         folder = run_folder(trainer)
-        if folder is not None:
+        if folder is None:
+            return
+        if not Path(folder, self.config_filename).exists():  # that of a run that is resumed stays
             text = self.parser.dump(self.config, skip_none=False)
             write_atomically(folder / self.config_filename, text)
 

@@ -12,9 +12,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 
 from tta_lightning.errors import InputError
+
+_LOCK = ".lock"
 
 
 def run_folder(trainer: Trainer) -> Path | None:
@@ -55,12 +58,39 @@ def reserved(folder: Path, has_results: Callable[[], bool]) -> Iterator[None]:
         raise InputError(
             f"The run folder {folder} cannot be made: {error.strerror}. Choose another run_dir."
         ) from error
+    with locked(folder):
+        try:
+            yield
+        except BaseException:
+            if not has_results():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a run folder to this process while the block runs; a process that dies lets it go.
+
+    Raises:
+        InputError: Another process has it, or it cannot be written to.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"The run folder {folder} is in use: another process writes to it. Wait until that has "
+            "ended, or stop it."
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"The run folder {folder} cannot be written to: {error.strerror}. Change its "
+            "permissions, or choose another run_dir."
+        ) from error
     try:
         yield
-    except BaseException:
-        if not has_results():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    finally:
+        lock.release()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -79,9 +109,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         Path(name).chmod(0o644)  # mkstemp makes files that only their owner can read
         Path(name).replace(path)
+        _sync(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _sync(folder: Path) -> None:
+    """Let the new name of a file survive a crash of the machine, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.callbacks import (
+    AdaptationCheckpoint,
     AdaptationProgress,
     AdaptCallback,
     CostMonitor,
@@ -22,10 +24,12 @@ from tta_lightning.callbacks import (
     RunRecorder,
     StreamMetrics,
 )
+from tta_lightning.checkpoints import Resumable, find, read_newest
+from tta_lightning.data.stream import Stream
 from tta_lightning.errors import InputError
 from tta_lightning.loops import AdaptationLoop
 from tta_lightning.models.classifier import describe
-from tta_lightning.runs import reserved, unused_folder
+from tta_lightning.runs import locked, reserved, unused_folder
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 _SHORT_PRECISIONS = ("32", "64", "bf16")  # what Lightning takes for some of them
@@ -34,16 +38,18 @@ _DEFAULTS: tuple[type[AdaptCallback], ...] = (
     StreamMetrics,
     CostMonitor,
     PredictionWriter,
+    AdaptationCheckpoint,
     RunRecorder,
 )
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit of the file
 
 
 class Trainer(pl.Trainer):
     """A :class:`lightning.pytorch.Trainer` that can also :meth:`adapt`.
 
     Every ``fit`` and every ``adapt`` writes one run folder. ``adapt`` runs the callbacks
-    StreamMetrics, CostMonitor, PredictionWriter and RunRecorder besides those given; one of yours
-    of the same class takes the place of the default one.
+    StreamMetrics, CostMonitor, PredictionWriter, AdaptationCheckpoint and RunRecorder besides those
+    given; one of yours of the same class takes the place of the default one.
 
     Args:
         run_dir: The run folder; it must not exist yet. None makes a new one under ``runs/`` named
@@ -67,6 +73,7 @@ class Trainer(pl.Trainer):
         **kwargs: Any,
     ) -> None:
         given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+        _check_callbacks(given)
         shown = enable_progress_bar is not False and not kwargs.get("barebones", False)
         if shown and not any(isinstance(callback, ProgressBar) for callback in given):
             given.append(AdaptationProgress())
@@ -86,16 +93,22 @@ class Trainer(pl.Trainer):
         model: Adapter,
         dataloaders: Any = None,
         datamodule: pl.LightningDataModule | None = None,
+        resume_from: str | Path | None = None,
     ) -> dict[str, Any]:
         """Adapt a classifier online: predict each batch of a stream, then learn from it.
 
         The adapter starts from its source model, whatever it did before. Labels of the stream are
         used for metrics alone.
 
+        A run that was interrupted goes on in its folder with ``resume_from`` and otherwise the same
+        arguments: it ends with the predictions, figures and weights that it would have had.
+
         Args:
             model: The method.
             dataloaders: A DataLoader of image batches ``[B, 3, H, W]``, alone or with labels.
             datamodule: A :class:`~tta_lightning.data.Stream`, instead of ``dataloaders``.
+            resume_from: A run folder, one of its checkpoints, or ``last`` for the newest run under
+                ``runs/``; see :class:`~tta_lightning.callbacks.AdaptationCheckpoint`.
 
         Returns:
             The figures that ``metrics.json`` holds.
@@ -105,13 +118,16 @@ class Trainer(pl.Trainer):
         """
         self._check(model, dataloaders if datamodule is None else datamodule)
         _suit(datamodule, model)
+        before = None if resume_from is None else self._find(resume_from, datamodule)
         test_loop, callbacks = self.test_loop, list(self.callbacks)
         self.callbacks = _with_defaults(callbacks)
-        loop = AdaptationLoop(self)
-        self.test_loop = loop
         self.should_stop = False  # an earlier run may have been stopped
         try:
-            with self._run_folder(lambda: loop.completed_batches > 0), _quiet():
+            with self._run_folder(self._has_predicted, before), _room_on_disk(), _quiet():
+                loop = AdaptationLoop(self, None if before is None else _state(before))
+                self.test_loop = loop
+                if loop.resumed is not None:
+                    datamodule.start = loop.resumed["loop"]["served"]  # type: ignore[union-attr]
                 super().test(model, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
                 if loop.completed_batches == 0:
                     reason = f": {loop.bad_images[0][1]}" if loop.bad_images else "."
@@ -120,6 +136,8 @@ class Trainer(pl.Trainer):
                 return recorders[0].results(self)
         finally:
             self.test_loop, self.callbacks = test_loop, callbacks
+            if isinstance(datamodule, Stream):
+                datamodule.start = 0
 
     def fit(self, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Train a model on labelled source data; see Lightning's trainer."""
@@ -150,8 +168,43 @@ class Trainer(pl.Trainer):
         with _quiet():
             return super().validate(model, *args, **kwargs)
 
+    def _has_predicted(self) -> bool:
+        return getattr(self.test_loop, "completed_batches", 0) > 0
+
+    def _find(self, resume_from: str | Path, stream: Any) -> Resumable:
+        """Find the run to resume.
+
+        Raises:
+            InputError: There is none, or this trainer or these data cannot go on with it.
+        """
+        if not isinstance(stream, Stream):
+            raise InputError(
+                "resume_from needs a Stream, whose plan says where a run stood. What a plain "
+                "dataloader would give next is not known: begin a new run."
+            )
+        if self.run_dir is False or self.fast_dev_run:
+            raise InputError("resume_from goes on in a run folder: leave run_dir: false out.")
+        found = find(resume_from)
+        if isinstance(self.run_dir, str | Path) and (
+            Path(self.run_dir).resolve() != found.folder.resolve()
+        ):
+            raise InputError(
+                f"A run goes on in its own folder {found.folder}, but run_dir is {self.run_dir}. "
+                "Leave run_dir out."
+            )
+        return found
+
     @contextmanager
-    def _run_folder(self, has_results: Callable[[], bool]) -> Iterator[None]:
+    def _run_folder(
+        self, has_results: Callable[[], bool], before: Resumable | None = None
+    ) -> Iterator[None]:
+        if before is not None:
+            with locked(before.folder):
+                self.run_folder = before.folder
+                if self._own_logger:
+                    self.loggers = [CSVLogger(before.folder, name="logs", version=_next(before))]
+                yield
+            return
         is_first = getattr(rank_zero_only, "rank", 0) == 0  # of several processes one writes
         if self.run_dir is False or self.fast_dev_run or not is_first:
             self.run_folder = None
@@ -206,6 +259,44 @@ class Trainer(pl.Trainer):
             )
 
 
+def _state(before: Resumable) -> dict[str, Any]:
+    """Read the newest checkpoint of a run that is whole.
+
+    Raises:
+        InputError: There is none, or the run is complete.
+    """
+    _, state = read_newest(before.files)
+    if state["loop"]["finished"]:
+        raise InputError(
+            f"The run {before.folder} is complete: there is nothing to resume. Its results are in "
+            "metrics.json."
+        )
+    return state
+
+
+def _next(before: Resumable) -> str:
+    """Name the folder of the loggers of a process that goes on: each has its own."""
+    number = 2
+    while (before.folder / "logs" / f"resumed_{number}").exists():
+        number += 1
+    return f"resumed_{number}"
+
+
+@contextmanager
+def _room_on_disk() -> Iterator[None]:
+    """Turn the error of a full disk into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = f" to {error.filename}" if error.filename else ""
+        raise InputError(
+            f"Nothing more can be written{where}: {error.strerror}. What was written before is as "
+            "it was. Make room, then resume the run from its folder."
+        ) from error
+
+
 def _suit(data: Any, model: Any) -> None:
     """Tell a data module of ours what size of images the model's network was made for."""
     network = getattr(model, "network", None)
@@ -214,11 +305,28 @@ def _suit(data: Any, model: Any) -> None:
         data.suit(info.input_size, info.crop_pct, info.interpolation)
 
 
+def _check_callbacks(callbacks: list[Callback]) -> None:
+    """Refuse a callback of ours that was given twice, in a sentence."""
+    names = [c.state_key for c in callbacks if isinstance(c, AdaptCallback)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"The callback {twice} was given twice with the same options. Keep one.")
+
+
 def _with_defaults(callbacks: list[Callback]) -> list[Callback]:
-    """Add the default callbacks that are missing; the recorder reads the others, so it is last."""
+    """Add the default callbacks that are missing, and bring them in order.
+
+    The checkpoint comes first, because after an error the others let go of what it saves; the
+    recorder reads what the others found, so it is last.
+    """
     missing = [c for c in _DEFAULTS if not any(isinstance(given, c) for given in callbacks)]
     complete = [*callbacks, *(default() for default in missing)]
-    return sorted(complete, key=lambda callback: isinstance(callback, RunRecorder))
+    return sorted(
+        complete,
+        key=lambda callback: (
+            isinstance(callback, RunRecorder) - isinstance(callback, AdaptationCheckpoint)
+        ),
+    )
 
 
 @contextmanager

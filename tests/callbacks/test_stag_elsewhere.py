@@ -31,6 +31,8 @@ def test_two_of_them_are_refused():
     with pytest.raises(InputError, match="2 STAG callbacks, each of which would add its loss"):
         quiet(STAG(1.0), STAG(3.0)).adapt(adapter, datamodule=make_stream())
     assert adapter.terms == []
+    with pytest.raises(InputError, match=r"STAG\{'weight': 1.0.* was given twice"):
+        quiet(STAG(1.0), STAG(1.0))
 
 
 def test_training_refuses_it():

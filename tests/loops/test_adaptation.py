@@ -136,15 +136,19 @@ def test_order_of_hooks():
         "on_adapt_batch_start",
         "on_adapt_batch_end",
         "on_test_batch_end",
+        "on_adapt_boundary",
     ]
     segment = ["on_adapt_segment_start", *batch, "on_adapt_segment_end"]
     assert recorder.names == [
         "setup",
         "on_test_start",
         "on_adapt_start",
+        "on_adapt_boundary",
         *segment,
         "on_adapt_reset",
-        *segment,
+        *segment[:-1],
+        "on_adapt_boundary",  # before the last segment ends
+        segment[-1],
         "on_adapt_end",
         "on_test_end",
     ]

@@ -12,7 +12,7 @@ from tta_lightning import methods
 from tta_lightning.callbacks import AdaptCallback
 from tta_lightning.data import ArraySource, BadImageError, Stream
 from tta_lightning.errors import InputError
-from tta_lightning.loops.adaptation import SlidingWindow
+from tta_lightning.loops.window import SlidingWindow
 from tta_lightning.methods import BNStats, Source, Tent
 from tta_lightning.rules import SGD
 

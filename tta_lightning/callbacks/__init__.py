@@ -1,6 +1,8 @@
 """Callbacks of the adaptation stage."""
 
 from tta_lightning.callbacks.base import AdaptCallback
+from tta_lightning.callbacks.checkpoint import AdaptationCheckpoint
+from tta_lightning.callbacks.collapse import CollapseGuard
 from tta_lightning.callbacks.cost import CostMonitor
 from tta_lightning.callbacks.metrics import PredictionStatistics, StreamMetrics
 from tta_lightning.callbacks.predictions import PredictionWriter
@@ -11,7 +13,9 @@ from tta_lightning.callbacks.stag import STAG
 __all__ = [
     "STAG",
     "AdaptCallback",
+    "AdaptationCheckpoint",
     "AdaptationProgress",
+    "CollapseGuard",
     "CostMonitor",
     "PredictionStatistics",
     "PredictionWriter",

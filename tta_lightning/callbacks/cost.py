@@ -16,9 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from tta_lightning.adapter import Adapter
 from tta_lightning.callbacks.base import AdaptCallback
 from tta_lightning.contract import unobserved
-from tta_lightning.data.stream import StreamBatch
+from tta_lightning.data.batches import StreamBatch
 from tta_lightning.models.byol import BYOLHeads
 
+_ADDED = ("batches", "images", "forwards", "backwards", "seconds", "first", "peaks")
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -68,14 +69,25 @@ class CostMonitor(AdaptCallback):
 
     def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
         """Stop observing."""
-        self._wall = time.perf_counter() - self._started
+        self._wall += time.perf_counter() - self._started
         self._release(adapter)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Stop observing."""
-        self._wall = time.perf_counter() - self._started
+        self._wall += time.perf_counter() - self._started
         if isinstance(pl_module, Adapter):
             self._release(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all figures so far."""
+        wall = self._wall + time.perf_counter() - self._started
+        return {"wall": wall, **{name: getattr(self, f"_{name}") for name in _ADDED}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the figures of a run that goes on; the time in between is nobody's."""
+        for name in ("wall", *_ADDED):
+            setattr(self, f"_{name}", state_dict[name])
+        self._started = time.perf_counter()
 
     def summary(self) -> dict[str, Any]:
         """Return the figures under ``cost``; seconds and bytes."""

@@ -13,9 +13,14 @@ from torchmetrics import Metric
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.callbacks.base import AdaptCallback
+from tta_lightning.data.batches import StreamBatch
 from tta_lightning.data.plan import Plan, Segment
-from tta_lightning.data.stream import StreamBatch
 from tta_lightning.functional import Predictions, predictions
+
+COUNTS = ("images", "labelled", "correct", "finite")
+MEANS = ("nll", "entropy", "confidence")
+SUMS = (*COUNTS, *MEANS, "calibration")
+"""Names of what :class:`PredictionStatistics` adds up."""
 
 
 class PredictionStatistics(Metric):
@@ -43,9 +48,9 @@ class PredictionStatistics(Metric):
     def __init__(self, bins: int = 15) -> None:
         super().__init__()
         self.bins = bins
-        for name in ("images", "labelled", "correct", "finite"):
+        for name in COUNTS:
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        for name in ("nll", "entropy", "confidence"):
+        for name in MEANS:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         # rows: labelled samples, sum of confidences, correct ones
         self.add_state(
@@ -76,6 +81,13 @@ class PredictionStatistics(Metric):
         bins = (confidence * self.bins).long().clamp_(max=self.bins - 1)
         rows = torch.stack([torch.ones_like(confidence), confidence, correct[scored].double()])
         self.calibration.index_add_(1, bins, rows)
+
+    def go_on(self, sums: dict[str, Tensor]) -> None:
+        """Take over the sums of other statistics, by the names in :data:`SUMS`."""
+        if int(sums["images"]):  # an empty batch, so that torchmetrics knows of an update
+            self.update(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64))
+        for name in SUMS:
+            getattr(self, name).copy_(sums[name])
 
     def compute(self) -> dict[str, float | None]:
         """Return the figures of all batches so far.
@@ -169,6 +181,35 @@ class StreamMetrics(AdaptCallback):
                 "entropy": [round(v, 5) if math.isfinite(v) else None for v in self._entropy],
             },
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all figures so far."""
+        rows = [self.overall, *(s for _, s in self._segments), *self._domains.values()]
+        return {
+            "sums": {name: torch.stack([getattr(s, name) for s in rows]) for name in SUMS},
+            "segments": [name for name, _ in self._segments],
+            "domains": list(self._domains),
+            "starts": [list(pair) for pair in self._starts],
+            "images": torch.tensor(self._images, dtype=torch.int64),
+            "correct": torch.tensor(self._correct, dtype=torch.int64),
+            "entropy": torch.tensor(self._entropy, dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the figures of a run that goes on."""
+        segments, domains = state_dict["segments"], state_dict["domains"]
+        count = 1 + len(segments) + len(domains)
+        rows = [PredictionStatistics(self.bins) for _ in range(count)]
+        for number, statistics in enumerate(rows):
+            statistics.go_on({name: sums[number] for name, sums in state_dict["sums"].items()})
+        self.overall = rows[0]
+        self._segments[:] = zip(segments, rows[1 : 1 + len(segments)], strict=True)
+        self._domains.update(zip(domains, rows[1 + len(segments) :], strict=True))
+        self._current = rows[len(segments)]
+        self._starts[:] = [(name, batch) for name, batch in state_dict["starts"]]
+        self._images = array("q", state_dict["images"].tolist())
+        self._correct = array("q", state_dict["correct"].tolist())
+        self._entropy = array("d", state_dict["entropy"].tolist())
 
     @property
     def running_accuracy(self) -> float | None:

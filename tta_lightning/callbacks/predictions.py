@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.callbacks.base import AdaptCallback
+from tta_lightning.data.batches import StreamBatch
 from tta_lightning.data.plan import Segment
-from tta_lightning.data.stream import StreamBatch
+from tta_lightning.errors import InputError
 from tta_lightning.functional import predictions
 from tta_lightning.runs import run_folder
 
@@ -47,13 +49,26 @@ class PredictionWriter(AdaptCallback):
         self._segment = ""
 
     def on_adapt_start(self, trainer: Trainer, adapter: Adapter) -> None:
-        """Open the file."""
+        """Open the file: a new one, or that of the run that is resumed.
+
+        Raises:
+            InputError: The file of the run that is resumed is gone.
+        """
         folder = run_folder(trainer)
         if folder is None:
             return
-        self._file = Path(folder, self.filename).open("x", newline="", encoding="utf-8")  # noqa: SIM115
+        path = Path(folder, self.filename)
+        resumed = getattr(trainer.test_loop, "resumed", None) is not None
+        if resumed and not path.is_file():
+            raise InputError(
+                f"{path} is gone, which the run that is resumed goes on from. Put it back, or "
+                "start the run anew."
+            )
+        self._file = path.open("r+" if resumed else "x", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
-        self._writer.writerow(COLUMNS)
+        if not resumed:
+            self._writer.writerow(COLUMNS)
+            self._file.flush()
 
     def on_adapt_segment_start(self, trainer: Trainer, adapter: Adapter, segment: Segment) -> None:
         """Note the segment."""
@@ -88,6 +103,32 @@ class PredictionWriter(AdaptCallback):
                 ]
             )
         self._file.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how much is written, once that has reached the disk."""
+        if self._file is None:
+            return {}
+        os.fsync(self._file.fileno())
+        return {"bytes": os.fstat(self._file.fileno()).st_size, "segment": self._segment}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Drop what was written after that, and go on from there.
+
+        Raises:
+            InputError: The file is shorter than it was.
+        """
+        if self._file is None:
+            return
+        size = os.fstat(self._file.fileno()).st_size
+        if size < state_dict["bytes"]:
+            raise InputError(
+                f"{self._file.name} has {size} bytes, but had {state_dict['bytes']} when the "
+                "checkpoint was written: it was cut off. Resume from an earlier checkpoint, or "
+                "start the run anew."
+            )
+        self._file.seek(state_dict["bytes"])
+        self._file.truncate()
+        self._segment = state_dict["segment"]
 
     def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
         """Close the file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import platform
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.callbacks.base import AdaptCallback
@@ -40,9 +42,25 @@ class RunRecorder(AdaptCallback):
         """Write the manifest."""
         self._manifest = None
         folder = run_folder(trainer)
-        if folder is not None:
+        if folder is None:
+            return
+        path = folder / "manifest.json"
+        if getattr(trainer.test_loop, "resumed", None) is None or not path.is_file():
             self._manifest = self.manifest(trainer, adapter)
-            write_json(folder / "manifest.json", self._manifest)
+            write_json(path, self._manifest)
+
+    def on_adapt_boundary(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Write into the manifest of a run that is resumed where and when it goes on."""
+        loop: Any = trainer.test_loop
+        folder = run_folder(trainer)
+        if folder is None or self._manifest is not None:
+            return
+        begun = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        again = {"batches": loop.drawn, "resumed": _now(), "command": sys.argv}
+        here = {"device": _device_name(adapter.device), "versions": _versions()}
+        again |= {name: value for name, value in here.items() if value != begun[name]}
+        self._manifest = {**begun, "resumed": [*begun.get("resumed", []), again]}
+        write_json(folder / "manifest.json", self._manifest)
 
     def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
         """Write the figures of the run, and into the manifest what the method chose meanwhile."""
@@ -51,9 +69,12 @@ class RunRecorder(AdaptCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the figures of what was done before the run stopped."""
-        if isinstance(pl_module, Adapter):
-            self._complete(trainer, pl_module)
-        self._write(trainer, stopped=f"{type(exception).__name__}: {exception}")
+        try:
+            if isinstance(pl_module, Adapter):
+                self._complete(trainer, pl_module)
+            self._write(trainer, stopped=f"{type(exception).__name__}: {exception}")
+        except OSError as error:  # what stopped the run is what the user hears of
+            rank_zero_warn(f"The figures of the run could not be written: {error}")
 
     def manifest(self, trainer: Trainer, adapter: Adapter) -> dict[str, Any]:
         """Describe a run as plain values.
@@ -87,12 +108,9 @@ class RunRecorder(AdaptCallback):
             "precision": str(trainer.precision),
             "device": _device_name(adapter.device),
             "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in PACKAGES},
-            },
+            "versions": _versions(),
             "command": sys.argv,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "started": _now(),
         }
 
     def results(self, trainer: Trainer, stopped: str | None = None) -> dict[str, Any]:
@@ -112,6 +130,7 @@ class RunRecorder(AdaptCallback):
             "stopped": stopped,
             "batches": loop.completed_batches,
             "nonfinite_batches": loop.nonfinite_batches,
+            "nonfinite": loop.nonfinite,
             "recoveries": loop.recoveries,
             "images_without_step": loop.images_without_step,
             "bad_images": {
@@ -149,9 +168,19 @@ class RunRecorder(AdaptCallback):
 def _why_short(trainer: Trainer) -> str | None:
     """Say why a run that ended without an error did not serve its whole plan; None if it did."""
     loop: Any = trainer.test_loop
+    if loop.stop_reason is not None:
+        return str(loop.stop_reason)
     if loop.plan is None or loop.served >= len(loop.plan):
         return None
     return f"ended after {loop.served} of {len(loop.plan)} images (should_stop or a limit)"
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

@@ -6,13 +6,14 @@ import warnings
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.callbacks.base import AdaptCallback
+from tta_lightning.data.batches import StreamBatch
 from tta_lightning.data.plan import Segment
-from tta_lightning.data.stream import StreamBatch
 from tta_lightning.errors import InputError
 from tta_lightning.methods.stag import Kind, Scope, Space, StagOptions, StagTerm, Unit
 
@@ -161,6 +162,26 @@ class STAG(AdaptCallback):
         """Detach the term."""
         if isinstance(pl_module, Adapter):
             self._detach(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the anchors and the figures so far."""
+        if self.term is None:
+            return {}
+        return {
+            "anchors": self.term.anchors,
+            "batches": self._batches,
+            "means": [[torch.as_tensor(m.total), m.count] for m in (self._segment, self._stream)],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the anchors and the figures of a run that goes on."""
+        assert self.term is not None
+        self.term.anchors.copy_(state_dict["anchors"])
+        self._batches = state_dict["batches"]
+        for mean, (total, count) in zip(
+            (self._segment, self._stream), state_dict["means"], strict=True
+        ):
+            mean.total, mean.count = total.to(self.term.anchors.device), count
 
     def describe(self) -> dict[str, Any]:
         """Return the options, for the manifest."""

@@ -1,5 +1,6 @@
 """Streams: where images come from, how they are corrupted, and in which order they arrive."""
 
+from tta_lightning.data.batches import StreamBatch
 from tta_lightning.data.datasets import (
     CIFAR10C,
     CIFAR100C,
@@ -16,7 +17,7 @@ from tta_lightning.data.datasets import (
 from tta_lightning.data.labelled import LabelledImages
 from tta_lightning.data.plan import Domain, Plan, Segment
 from tta_lightning.data.shifted import ShiftedBatch, ShiftedImages
-from tta_lightning.data.stream import Stream, StreamBatch
+from tta_lightning.data.stream import Stream
 from tta_lightning.data.tasks import LabelledTasks, TaskBatch
 
 __all__ = [

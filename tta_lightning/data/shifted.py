@@ -12,17 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from tta_lightning.data import corruptions as corruption_module
+from tta_lightning.data.batches import PlanDataset, Sample, collate
 from tta_lightning.data.datasets import ImageSource
 from tta_lightning.data.geometry import ImageSize, geometry
 from tta_lightning.data.plan import Domain, Plan, concatenate
-from tta_lightning.data.stream import (
-    PlanDataset,
-    Sample,
-    check_severity,
-    clean_batches,
-    collate,
-    corruption_domains,
-)
+from tta_lightning.data.stream import check_severity, clean_batches, corruption_domains
 from tta_lightning.errors import InputError, unknown_name
 
 

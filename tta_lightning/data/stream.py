@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from tta_lightning.data import corruptions as corruption_module
-from tta_lightning.data.corruptions import CLEAN, corrupt
-from tta_lightning.data.datasets import BadImageError, ImageSource
+from tta_lightning.data.batches import PlanBatches, PlanDataset, collate
+from tta_lightning.data.corruptions import CLEAN
+from tta_lightning.data.datasets import ImageSource
 from tta_lightning.data.geometry import Geometry, ImageSize, geometry
 from tta_lightning.data.plan import Domain, Plan, concatenate
 from tta_lightning.data.scenarios import SCENARIOS, complete_options
@@ -27,23 +27,8 @@ CORRUPTION_SETS = {
     "extra": corruption_module.EXTRA,
     "all": corruption_module.ALL,
 }
+MOST_WORKERS = 256  # each is a process; thousands of them bring a machine down
 _DEFAULT_SCENARIO = "reset_each_shift"
-
-
-class StreamBatch(NamedTuple):
-    """One batch of a stream.
-
-    Attributes:
-        images: ``[B, 3, H, W]`` float32 in [0, 1].
-        labels: ``[B]`` int64, -1 where unknown. The loop keeps them from every method.
-        positions: ``[B]`` int64 on the CPU, the place of each sample in the plan.
-        bad: Position and reason of each image of this batch that could not be read.
-    """
-
-    images: Tensor
-    labels: Tensor
-    positions: Tensor
-    bad: tuple[tuple[int, str], ...] = ()
 
 
 class Stream(LightningDataModule):
@@ -113,6 +98,7 @@ class Stream(LightningDataModule):
         if limit is not None and limit < 1:
             raise InputError(f"limit = {limit}: expected 1 or more, or none for all images.")
         check_severity(severity)
+        _check_process(seed, num_workers)
         if scenario not in SCENARIOS:
             raise unknown_name("scenario", scenario, SCENARIOS)
         if plan is not None:
@@ -132,6 +118,8 @@ class Stream(LightningDataModule):
         self.on_bad_image = on_bad_image
         self.num_workers = num_workers
         self.clean = clean
+        self.start = 0
+        """Position in the plan that the stream starts at: where a run that is resumed stood."""
         self._replayed = plan is not None
         self.plan = self._make_plan() if plan is None else Plan.load(plan)
         self._check_plan()
@@ -164,8 +152,9 @@ class Stream(LightningDataModule):
         dataset = PlanDataset(self.source, self.plan, self.geometry, self.table, self.seed)
         return DataLoader(
             dataset,
-            batch_sampler=_PlanBatches(self.plan, self.served_batch_size),
+            batch_sampler=PlanBatches(self.plan, self.served_batch_size, self.start),
             num_workers=self.num_workers,
+            worker_init_fn=_outlive_sigterm,
             collate_fn=collate,
             persistent_workers=False,
         )
@@ -254,9 +243,21 @@ class Stream(LightningDataModule):
             )
 
 
+def _outlive_sigterm(worker: int) -> None:
+    """Let a worker go on when the whole job is told to end: the main process ends it in time."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _for_json(options: dict[str, float]) -> dict[str, float | str]:
     """Write infinity out as text, which JSON has no number for."""
     return {name: v if math.isfinite(v) else str(v) for name, v in options.items()}
+
+
+def _check_process(seed: int, num_workers: int) -> None:
+    if seed < 0:
+        raise InputError(f"seed = {seed}: expected 0 or more.")
+    if not 0 <= num_workers <= MOST_WORKERS:
+        raise InputError(f"num_workers = {num_workers}: expected 0 to {MOST_WORKERS} processes.")
 
 
 def _check_no_scenario(plan: str, scenario: str, options: dict[str, float] | None) -> None:
@@ -324,76 +325,3 @@ def clean_batches(source: ImageSource, size: Geometry, batch_size: int) -> Itera
         if batch.bad:
             raise InputError(f"A clean image cannot be used: {batch.bad[0][1]}")
         yield batch.images
-
-
-class Sample(NamedTuple):
-    """One image of a plan, or the reason why it could not be read."""
-
-    image: NDArray[np.uint8] | None
-    label: int
-    position: int
-    error: str
-
-
-class PlanDataset(Dataset[Sample]):
-    """Position in the plan to image; an image that cannot be read is handed on as a reason."""
-
-    def __init__(
-        self, source: ImageSource, plan: Plan, size: Geometry, table: str, seed: int
-    ) -> None:
-        super().__init__()
-        self.source, self.plan, self.geometry = source, plan, size
-        self.table, self.seed = table, seed
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, position: int) -> Sample:
-        index, domain = int(self.plan.samples[position]), self.plan.domain(position)
-        label = int(self.source.labels[index])
-        try:
-            if self.source.domains is not None:
-                stored = self.source.load(index, domain.corruption, domain.severity)
-                return Sample(self.geometry(stored), label, position, "")
-            image = self.geometry(self.source.load(index))
-        except BadImageError as error:
-            return Sample(None, label, position, str(error))
-        image = corrupt(
-            image, domain.corruption, domain.severity, index=index, seed=self.seed, table=self.table
-        )
-        return Sample(image, label, position, "")
-
-
-class _PlanBatches(Sampler[list[int]]):
-    def __init__(self, plan: Plan, batch_size: int) -> None:
-        self.plan, self.batch_size = plan, batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(positions) for positions in self.plan.batches(self.batch_size))
-
-    def __len__(self) -> int:
-        return sum(-(-(s.stop - s.start) // self.batch_size) for s in self.plan.segments)
-
-
-def collate(samples: Sequence[Sample]) -> StreamBatch:
-    """Make a batch of samples.
-
-    Raises:
-        InputError: Their images differ in size.
-    """
-    good = [sample for sample in samples if sample.image is not None]
-    images = [sample.image for sample in good if sample.image is not None]
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        sizes = ", ".join(sorted(f"{w} x {h}" for h, w, _ in shapes))
-        raise InputError(
-            f"The images of a batch differ in size ({sizes} px), and the model does not say which "
-            "it was made for. Set image_size of the stream to a side in px."
-        )
-    pixels = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
-    return StreamBatch(
-        images=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(255),
-        labels=torch.tensor([sample.label for sample in good], dtype=torch.int64),
-        positions=torch.tensor([sample.position for sample in good], dtype=torch.int64),
-        bad=tuple((s.position, s.error) for s in samples if s.image is None),
-    )

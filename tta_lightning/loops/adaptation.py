@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,51 +23,17 @@ from torch import Tensor
 
 from tta_lightning.adapter import Adapter
 from tta_lightning.contract import StepReport
+from tta_lightning.data.batches import StreamBatch
 from tta_lightning.data.classes import class_indices
 from tta_lightning.data.plan import Plan, Segment
-from tta_lightning.data.stream import StreamBatch
 from tta_lightning.errors import InputError
 from tta_lightning.functional import all_finite
+from tta_lightning.loops.state import go_on, state_of
+from tta_lightning.loops.window import SlidingWindow
 from tta_lightning.models.classifier import describe
 from tta_lightning.models.norms import batch_norm_layers, without_advice
 
-
-@dataclass
-class SlidingWindow:
-    """The newest images of a stream that come one by one.
-
-    Attributes:
-        size: How many it holds when it is full, and how often the model learns.
-        images: ``[n, 3, H, W]``, n from 1 to ``size``, the newest last; None before the first.
-        arrived: Number of images since it was empty.
-    """
-
-    size: int
-    images: Tensor | None = None
-    arrived: int = 0
-
-    def add(self, image: Tensor) -> Tensor:
-        """Take in an image ``[1, 3, H, W]`` and return what the window then holds.
-
-        Raises:
-            InputError: Its size differs from that of the others.
-        """
-        if self.images is None:
-            self.images = image[:0]
-        elif self.images.shape[1:] != image.shape[1:]:
-            sizes = " and ".join(f"{w} x {h}" for *_, h, w in (self.images.shape, image.shape))
-            raise InputError(
-                f"The images of a window differ in size ({sizes} px), and the model does not say "
-                "which it was made for. Set image_size of the stream to a side in px."
-            )
-        self.images = torch.cat([self.images, image])[-self.size :]
-        self.arrived += 1
-        return self.images
-
-    @property
-    def is_new(self) -> bool:
-        """Whether none of its images has been learnt from."""
-        return self.arrived % self.size == 0
+_LISTED = 100  # how many batches that were not finite are listed
 
 
 class AdaptationLoop(_EvaluationLoop):
@@ -82,18 +47,33 @@ class AdaptationLoop(_EvaluationLoop):
     as they do under ``Trainer.test``; our own are listed in
     :class:`~tta_lightning.callbacks.AdaptCallback`.
 
+    A method that lets a number which is not finite into its weights, as none of ours does, is sent
+    back to its source model before the next prediction is lost to it.
+
+    Args:
+        trainer: The trainer that runs it.
+        resumed: What :meth:`state` returned in an earlier process; the loop goes on from there, and
+            the stream must start at that position.
+
     Attributes:
         bad_images: Position and reason of each image that could not be read.
-        nonfinite_batches: Number of batches that were predicted but whose logits, loss or gradients
-            were not finite.
+        nonfinite_batches: Number of batches that were predicted but whose logits, loss, gradients
+            or step were not finite.
+        nonfinite: The first hundred of them: ``batch``, ``segment`` and ``what`` was not finite.
         recoveries: How often the method itself returned to the source model.
         images_without_step: Number of images that a method which takes them one by one left out.
         segment: The stretch of the stream that is running; None outside.
         window: The last images of the segment, where the plan has a window; else None.
         served: Number of images that the stream has given, bad ones included.
+        drawn: Number of batches that the stream has given, whether or not an image was good.
+        resumed: The state that the run goes on from; None in a run that is begun here.
+        between_batches: Whether all that the last batch changed is in place, and nothing of the
+            next one.
+        ended: Whether the last batch was served, or the run was stopped.
+        stop_reason: Why the run was stopped, where a callback said so with :meth:`stop`.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, resumed: dict[str, Any] | None = None) -> None:
         super().__init__(
             trainer, TrainerFn.TESTING, RunningStage.TESTING, verbose=False, inference_mode=False
         )
@@ -103,7 +83,12 @@ class AdaptationLoop(_EvaluationLoop):
         self.nonfinite_batches = 0
         self.recoveries = 0
         self.images_without_step = 0
-        self.served = 0
+        self.served = self.drawn = 0
+        self.nonfinite: list[dict[str, Any]] = []
+        self.between_batches = self.ended = False
+        self.stop_reason: str | None = None
+        self.resumed = resumed
+        self._first = 0 if resumed is None else int(resumed["loop"]["drawn"])
 
     @property
     def adapter(self) -> Adapter:
@@ -127,14 +112,20 @@ class AdaptationLoop(_EvaluationLoop):
         adapter = self.adapter
         self._align_classes()
         adapter.reset()
-        if is_overridden("prepare", adapter, parent=Adapter):
+        if self.resumed is None and is_overridden("prepare", adapter, parent=Adapter):
             with torch.enable_grad():
                 adapter.prepare(self._clean_batches())
         super().on_run_start()
         self._hook("on_adapt_start")
+        if self.resumed is not None:
+            go_on(self, self.resumed)
+        self.between_batches = True
+        self._hook("on_adapt_boundary")
 
     def on_run_end(self) -> Any:
         """Run the end hooks."""
+        self.ended = True
+        self._hook("on_adapt_boundary")
         self._leave_segment()
         self._hook("on_adapt_end")
         return super().on_run_end()
@@ -143,12 +134,16 @@ class AdaptationLoop(_EvaluationLoop):
         self, batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Iterator[Any] | None
     ) -> None:
         trainer = self.trainer
-        if trainer.should_stop:
+        batch_idx += self._first
+        if trainer.should_stop or batch_idx >= self.max_batches[0]:
             raise StopIteration
         batch = self._as_stream_batch(batch)
         self._note_bad_images(batch)
+        self.between_batches = False
         self.served += len(batch.labels) + len(batch.bad)
+        self.drawn = batch_idx + 1
         if len(batch.labels) == 0:
+            self.between_batches = True
             return
         self._enter_segment(batch)
         batch = self._to_device(batch)
@@ -160,9 +155,12 @@ class AdaptationLoop(_EvaluationLoop):
         self.batch_progress.increment_started()
 
         logits = self._predict_and_learn(batch.images)
+        if not (finite := all_finite(logits)) and self._mend_weights():
+            logits = self._predict_and_learn(batch.images)
+            finite = all_finite(logits)
         self._check_width(logits, batch.labels)
-        self._note_what_is_not_finite(logits, batch_idx)
-        self._note_recovery()
+        self._note_what_is_not_finite(finite, batch_idx)
+        self._note_recovery(self.adapter.report)
         self.batch_progress.increment_processed()
 
         self._hook("on_adapt_batch_end", logits, batch, batch_idx)
@@ -172,8 +170,27 @@ class AdaptationLoop(_EvaluationLoop):
         self._has_run = True
         trainer._logger_connector.update_eval_step_metrics(self._seen_batches_per_dataloader[0])
         self._seen_batches_per_dataloader[0] += 1
+        self.between_batches = True
+        self._hook("on_adapt_boundary")
         if trainer.received_sigterm:
             raise SIGTERMException
+
+    def state(self) -> dict[str, Any]:
+        """Collect all that the rest of the run depends on, between two batches."""
+        return state_of(self)
+
+    def stop(self, reason: str) -> None:
+        """End the run after this batch.
+
+        Args:
+            reason: What ``metrics.json`` says of it.
+        """
+        self.stop_reason = reason
+        self.trainer.should_stop = True
+
+    def announce_reset(self, reason: str) -> None:
+        """Tell the callbacks that one of them returned the model to an earlier state."""
+        self._hook("on_adapt_reset", reason)
 
     def _predict_and_learn(self, images: Tensor) -> Tensor:
         """Return the logits of a batch; with a window, learn once it is full of new images."""
@@ -246,17 +263,30 @@ class AdaptationLoop(_EvaluationLoop):
             self.bad_images.append((position, reason))
             warnings.warn(f"Left out: {reason}", stacklevel=2)
 
-    def _note_what_is_not_finite(self, logits: Tensor, batch_idx: int) -> None:
-        self.images_without_step += self.adapter.report.failed
-        if all_finite(logits) and self.adapter.report.finite:
+    def _mend_weights(self) -> bool:
+        """Return to the source model if the weights are not finite; say whether they were not."""
+        if all_finite(*self.adapter.moving_tensors().values()):
+            return False
+        self.adapter.reset()
+        reason = "a weight is not finite: reset to the source model"
+        self._note_recovery(StepReport(reset=True, reason=reason))
+        return True
+
+    def _note_what_is_not_finite(self, logits_are_finite: bool, batch_idx: int) -> None:
+        report = self.adapter.report
+        self.images_without_step += report.failed
+        if logits_are_finite and report.finite:
             return
         self.nonfinite_batches += 1
-        if self.adapter.report.finite:  # else the adapter has warned
+        if len(self.nonfinite) < _LISTED:
+            name = "" if self.segment is None else self.segment.name
+            what = "logits" if report.finite else report.reason
+            self.nonfinite.append({"batch": batch_idx, "segment": name, "what": what})
+        if report.finite:  # else the adapter has warned
             warnings.warn(f"Batch {batch_idx} gave logits that are not finite.", stacklevel=2)
 
-    def _note_recovery(self) -> None:
+    def _note_recovery(self, report: StepReport) -> None:
         """Tell of a method that saw its model collapse and returned to the source."""
-        report = self.adapter.report
         if not report.reset:
             return
         self.recoveries += 1

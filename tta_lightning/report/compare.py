@@ -90,7 +90,7 @@ def summarise(run: Run) -> str:
         words.append(f"{_count(left_out, 'image')} left out")
     if nonfinite:
         words.append(f"{_count(nonfinite, 'batch', 'batches')} not finite")
-    files = sorted(path.name for path in run.folder.iterdir() if path.is_file())
+    files = sorted(path.name for path in run.folder.glob("[!.]*") if path.is_file())
     return f"{', '.join(words)}\n{run.folder}: {', '.join(files)}"
 
 

@@ -168,7 +168,7 @@ CASES = {
         (STAG, "--trainer.callbacks.weight=nan"),
         ["weight", "Expected a number", "nan"],
     ),
-    "STAG twice": ((STAG, STAG, "--model", "Tent"), ["2 STAG callbacks", "Keep one"]),
+    "STAG twice": ((STAG, STAG, "--model", "Tent"), ["STAG", "given twice", "Keep one"]),
     "STAG on a method that learns nothing": ((STAG,), ["Source moves no parameter", "Tent"]),
     "EATA without clean images": (
         ("--model", "EATA"),

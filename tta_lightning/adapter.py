@@ -16,8 +16,8 @@ from tta_lightning.contract import (
     StepReport,
     Term,
     check_method,
-    checked_logits,
     keep_counter,
+    logits_of,
     map_tensors,
     not_finite,
     restricted,
@@ -371,9 +371,9 @@ class Adapter(AdaptOnly):
 
     def _logits_and_features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         if self._head is None:
-            return checked_logits(self.network(images)), None
+            return logits_of(self.network, images), None
         with capture_features(self._head) as captured:
-            logits = checked_logits(self.network(images))
+            logits = logits_of(self.network, images)
         if not captured.ran or logits.shape != (len(captured.features), len(self._head.weight)):
             return logits, None  # another layer than the one that looked like the head
         return logits, captured.features

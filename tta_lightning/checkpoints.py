@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tta_lightning.errors import InputError
-from tta_lightning.runs import write_atomically
+from tta_lightning.runs import LOCK, write_atomically
 
 FOLDER = "checkpoints"
 LAST = "last"
@@ -41,7 +41,8 @@ class Resumable(NamedTuple):
 
     Attributes:
         folder: Its run folder.
-        files: Its checkpoints, those to try first in front.
+        files: Its checkpoints, those to try first in front; none where the run was interrupted
+            before the first one, and so before the first batch.
     """
 
     folder: Path
@@ -168,7 +169,7 @@ def find(resume_from: str | Path) -> Resumable:
     path = Path(resume_from)
     if path.is_dir():
         files = stored(path)
-        if files:
+        if files or _just_begun(path):
             return Resumable(path, tuple(files))
         inside = sorted(each.parent for each in path.glob(f"*/{FOLDER}") if stored(each.parent))
         hint = f" There is one in {inside[-1]}." if inside else ""
@@ -258,6 +259,21 @@ def _newest_run() -> Resumable:
         )
     newest = max(runs, key=lambda folder: max(file.stat().st_mtime for file in runs[folder]))
     return Resumable(newest, tuple(runs[newest]))
+
+
+def _just_begun(folder: Path) -> bool:
+    """Whether this is the folder of an adaptation in which nothing has been predicted yet."""
+    tables = list(folder.glob("*.csv"))
+    found = {path.name for path in folder.iterdir()}
+    usual = {LOCK, FOLDER, "config.yaml", "manifest.json", *(path.name for path in tables)}
+    if tables or "manifest.json" in found:  # a training has neither
+        usual.add("logs")
+    return (
+        LOCK in found
+        and found <= usual
+        and all(path.read_bytes().count(b"\n") <= 1 for path in tables)
+        and not list(folder.glob(f"{FOLDER}/[!.]*"))
+    )
 
 
 def _complete(folder: Path) -> bool:

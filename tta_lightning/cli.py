@@ -9,28 +9,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter, get_loader, set_loader
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
+from yaml import YAMLError
 
 from tta_lightning import __version__
 from tta_lightning.adapter import Adapter
 from tta_lightning.errors import InputError
-from tta_lightning.explain import explain, input_error_behind
+from tta_lightning.explain import explain, input_error_behind, safely
 from tta_lightning.meta import MT3, SourceTraining
 from tta_lightning.models import describe
 from tta_lightning.report.compare import Run, compare, summarise
 from tta_lightning.runs import run_folder, write_atomically
 from tta_lightning.trainer import Trainer
 
+MOST_SEED = 2**32 - 1  # of numpy's global generator
 DESCRIPTION = """Train models to adapt, and adapt them online.
 
   tta fit     -c configs/fit/digits_bn.yaml
   tta adapt   -c configs/adapt/tent.yaml -c configs/stream/digits.yaml --model.network model.ckpt
   tta compare runs/source runs/tent
 """
+
+
+set_loader("yaml", safely(get_loader("yaml")), (YAMLError,))
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -77,7 +83,23 @@ class TTACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse arguments, given here or those of the process."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"A configuration file is not text: {error}. Expected YAML in UTF-8."
+            ) from error
+        seed = self.config[self.config.subcommand].seed_everything
+        if not 0 <= (seed or 0) <= MOST_SEED:
+            raise InputError(f"seed_everything = {seed}: expected 0 to {MOST_SEED:,}.")
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer; what one of them says of its arguments is a sentence."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            message = explain(str(error), self.parser)
+            raise input_error_behind(error) or InputError(message) from error
 
     def after_fit(self) -> None:
         """Say where the checkpoint is, which `tta adapt` takes as a network."""

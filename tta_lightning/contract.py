@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tta_lightning.errors import InputError
 from tta_lightning.models.heads import Head
@@ -74,6 +74,28 @@ def not_finite(loss: Tensor) -> StepReport:
 def unobserved(phase: str) -> AbstractContextManager[None]:
     """Let a phase of a step pass unmeasured: what ``Adapter.phase`` is by default."""
     return nullcontext()
+
+
+def logits_of(network: nn.Module, images: Tensor) -> Tensor:
+    """Run a network on images ``[B, 3, H, W]`` and return its logits ``[B, C]``.
+
+    Raises:
+        InputError: It cannot take such images, or it gives something else. What the network raised
+            is the cause.
+    """
+    try:
+        logits = network(images)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        own = next(network.parameters(), images)
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"The network cannot take images {list(images.shape)} of {images.dtype} on "
+            f"{images.device}: {reason}. Expected images [B, 3, H, W] in [0, 1], large enough for "
+            f"the network, of {own.dtype} on {own.device}."
+        ) from error
+    return checked_logits(logits)
 
 
 def checked_logits(logits: Any) -> Tensor:
@@ -158,11 +180,27 @@ def check_classes(memory: RuleState, now: Tensor, name: str) -> None:
     )
 
 
+def kind_of(value: Any) -> str:
+    """Name shape and type of a tensor, or the type of anything else, for messages."""
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} {value.dtype} on {value.device}"
+    return type(value).__name__
+
+
 def writable(images: Tensor) -> Tensor:
     """Return images that a network may write to and a graph may keep.
 
     Those that were made under ``torch.inference_mode`` are copied; call it outside of that mode.
+
+    Raises:
+        InputError: They are something else than floating-point images ``[B, 3, H, W]``.
     """
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        raise InputError(f"Expected floating-point images [B, 3, H, W], got {kind_of(images)}.")
+    if 0 in images.shape[2:]:
+        raise InputError(f"The images have no pixels: their shape is {list(images.shape)}.")
+    if images.is_meta:
+        raise InputError("The images are on the device 'meta', where tensors hold no values.")
     return images.clone() if images.is_inference() else images
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch
 from lightning.pytorch.cli import LightningArgumentParser
+from yaml import YAMLError
 
 from tta_lightning import callbacks, data, meta, methods, rules
 from tta_lightning.errors import InputError, unknown_name
@@ -31,6 +32,7 @@ _NUMBER_BY_NAME = re.compile(  # an argument that holds numbers by name: scenari
     re.DOTALL,
 )
 _SETTING = ("scenario", "scenario_options")  # what files hold that go after a stream
+MOST_VALUES = 100_000  # of a YAML file
 _VERB = re.compile(r"invalid choice: '(?P<name>[^']*)'")
 _VERBS = ("fit", "validate", "test", "adapt", "compare")
 _NESTING = re.compile(r"\.(?:class_path|init_args)\b")  # what YAML puts between the names
@@ -78,19 +80,62 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
     found = _CLASS.search(message)
     if found:
         name = found["name"]
-        return f"Unknown class {name!r}.{_nearest(name, _classes())} Give a class or a full path."
+        nearest = _nearest(name, set(_classes()) - {name})  # it may be one of another kind
+        return f"Unknown class {name!r}.{nearest} Give a class or a full path."
     choice = _CHOICE.search(message)
-    if choice:
-        name, choices = (
-            choice["key"].rpartition(".")[2],
-            re.findall(r"'([^']*)'", choice["choices"]),
-        )
+    choices = re.findall(r"'([^']*)'", choice["choices"]) if choice else []
+    if choice and choices:  # there are none where they are numbers
+        name = choice["key"].rpartition(".")[2]
         return str(unknown_name(name, choice["given"], choices))
     number = _NUMBER_BY_NAME.search(message)
     if number:
         name = f"{number['key']}.{number['a'] or number['b']}"
         return f"{name} = {number['given']}: expected a number."
     return _without_noise(message).replace("<class 'float'>", "number")
+
+
+def safely(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Make a function that reads YAML refuse what would be read without end.
+
+    Args:
+        load: From text to plain values.
+
+    Returns:
+        The same, which raises an `InputError` where aliases make a loop or a great many values of
+        few lines, and a `YAMLError` for whatever else cannot be read.
+    """
+
+    def load_safely(text: str) -> Any:
+        try:
+            value = load(text)
+        except YAMLError:
+            raise
+        except Exception as error:  # of a number that is none, say, or of brackets without end
+            raise YAMLError(f"{type(error).__name__}: {error}") from error
+        if _count(value, {}) > MOST_VALUES:
+            raise InputError(
+                f"The YAML holds more than {MOST_VALUES:,} values once its aliases (*name) are "
+                "filled in. Expected a configuration of a few: leave the aliases out."
+            )
+        return value
+
+    return load_safely
+
+
+def _count(value: Any, counts: dict[int, int]) -> int:
+    """Count values with those inside them; `counts` has those of lists and dicts seen before."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in counts:
+        counts[id(value)] = 0  # until it is counted
+        inner = value.values() if isinstance(value, dict) else value
+        counts[id(value)] = 1 + sum(_count(item, counts) for item in inner)
+    elif not counts[id(value)]:
+        raise InputError(
+            "An alias (*name) in the YAML stands inside what it names, which has no end. Leave the "
+            "alias out."
+        )
+    return counts[id(value)]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

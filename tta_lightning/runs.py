@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 
 from tta_lightning.errors import InputError
 
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
 def run_folder(trainer: Trainer) -> Path | None:
@@ -74,7 +74,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         InputError: Another process has it, or it cannot be written to.
     """
-    lock = FileLock(folder / _LOCK)
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -100,7 +100,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         path: The file.
         content: Text (written as UTF-8) or bytes.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

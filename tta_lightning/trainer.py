@@ -29,7 +29,7 @@ from tta_lightning.data.stream import Stream
 from tta_lightning.errors import InputError
 from tta_lightning.loops import AdaptationLoop
 from tta_lightning.models.classifier import describe
-from tta_lightning.runs import locked, reserved, unused_folder
+from tta_lightning.runs import LOCK, locked, reserved, unused_folder
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 _SHORT_PRECISIONS = ("32", "64", "bf16")  # what Lightning takes for some of them
@@ -124,7 +124,7 @@ class Trainer(pl.Trainer):
         self.should_stop = False  # an earlier run may have been stopped
         try:
             with self._run_folder(self._has_predicted, before), _room_on_disk(), _quiet():
-                loop = AdaptationLoop(self, None if before is None else _state(before))
+                loop = AdaptationLoop(self, _state(before))
                 self.test_loop = loop
                 if loop.resumed is not None:
                     datamodule.start = loop.resumed["loop"]["served"]  # type: ignore[union-attr]
@@ -259,12 +259,19 @@ class Trainer(pl.Trainer):
             )
 
 
-def _state(before: Resumable) -> dict[str, Any]:
-    """Read the newest checkpoint of a run that is whole.
+def _state(before: Resumable | None) -> dict[str, Any] | None:
+    """Read the newest checkpoint of a run that is whole; None where the run begins.
 
     Raises:
-        InputError: There is none, or the run is complete.
+        InputError: There is none that is whole, or the run is complete.
     """
+    if before is None:
+        return None
+    if not before.files:  # it was interrupted before its first batch: what it began is replaced
+        for path in before.folder.iterdir():
+            if path.is_file() and path.name != LOCK:
+                path.unlink()
+        return None
     _, state = read_newest(before.files)
     if state["loop"]["finished"]:
         raise InputError(

@@ -21,10 +21,11 @@ from tests.networks import make_network
 from tests.streams import make_source
 from tests.test_adapter import METHODS
 from tta_lightning.callbacks import STAG, AdaptationCheckpoint, CollapseGuard
+from tta_lightning.checkpoints import stored
 from tta_lightning.data import Stream
 
 OPTIONS = {"recurring": {"rounds": 2}}
-EXTRAS = {"stag": lambda: STAG(), "guard": lambda: CollapseGuard(window=8, probes=16)}
+EXTRAS = {"stag": lambda: STAG(), "guard": lambda: CollapseGuard(window=32, probes=16)}
 PATIENCE = 120.0  # seconds for a run
 
 
@@ -40,7 +41,9 @@ def adapt(run):
     warnings.simplefilter("ignore")
     network, method = make_network(run["norm"]), METHODS[run["method"]]
     adapter = method(network)
-    seed_everything(run["seed"] + run["resume"], verbose=False)  # the checkpoint knows better
+    # where there is a checkpoint, it knows better than the seed
+    goes_on = run["resume"] and bool(stored(run["folder"]))
+    seed_everything(run["seed"] + goes_on, verbose=False)
     stream = Stream(
         make_source(12),
         scenario=run["scenario"],

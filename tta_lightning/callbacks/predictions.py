@@ -64,7 +64,10 @@ class PredictionWriter(AdaptCallback):
                 f"{path} is gone, which the run that is resumed goes on from. Put it back, or "
                 "start the run anew."
             )
-        self._file = path.open("r+" if resumed else "x", newline="", encoding="utf-8")
+        # names of files need not be valid UTF-8; those that are not are written with escapes
+        self._file = path.open(
+            "r+" if resumed else "x", newline="", encoding="utf-8", errors="backslashreplace"
+        )
         self._writer = csv.writer(self._file)
         if not resumed:
             self._writer.writerow(COLUMNS)

@@ -23,10 +23,17 @@ def existing_folder(root: StrPath, expected: str) -> Path:
     Raises:
         InputError: There is no such folder; the message says what was `expected` there.
     """
-    folder = Path(root).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    try:
+        folder = Path(root).expanduser()
+        if folder.is_dir():
+            return folder
+        is_there = folder.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, or the home of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{os.fspath(root)[:200]!r} cannot be a folder ({reason}). Expected {expected}."
+        ) from error
+    if is_there:
         found = "is a file, not a folder; unpack it first if it is an archive"
     else:
         found = "does not exist"

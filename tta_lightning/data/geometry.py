@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tta_lightning.data.images import BadImageError
 from tta_lightning.errors import InputError
 
 _FILTERS = {
@@ -17,6 +18,9 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+MOST_PIXELS = 100_000_000
+LEAST_CROP = 0.01
 
 ImageSize = int | Literal["model", "keep"]
 
@@ -39,15 +43,26 @@ class Geometry:
     interpolation: str = "bilinear"
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Bring one image ``[H, W, 3]`` to ``[size, size, 3]``."""
+        """Bring one image ``[H, W, 3]`` to ``[size, size, 3]``.
+
+        Raises:
+            BadImageError: It is so long and narrow, or the size so large, that the resized image
+                could exhaust the memory.
+        """
         size = self.size
         height, width = image.shape[:2]
         if size is None or (height, width) == (size, size):
             return image
         scale = round(size / self.crop_pct) / min(height, width)
+        wide, high = max(size, round(width * scale)), max(size, round(height * scale))
+        if wide * high > MOST_PIXELS:
+            raise BadImageError(
+                f"An image of {width} x {height} px would be {wide} x {high} px before its centre "
+                f"is cut out. Expected at most {MOST_PIXELS:,} pixels: check image_size and "
+                "crop_pct, or remove images that are long and narrow."
+            )
         resized = Image.fromarray(image).resize(
-            (max(size, round(width * scale)), max(size, round(height * scale))),
-            _FILTERS.get(self.interpolation, Image.Resampling.BILINEAR),
+            (wide, high), _FILTERS.get(self.interpolation, Image.Resampling.BILINEAR)
         )
         left, top = (resized.width - size) // 2, (resized.height - size) // 2
         return np.array(resized.crop((left, top, left + size, top + size)))
@@ -77,8 +92,8 @@ def geometry(
     """
     if isinstance(image_size, int) and image_size < 1:
         raise InputError(f"image_size = {image_size}: expected a side in px, model or keep.")
-    if crop_pct is not None and not 0 < crop_pct <= 1:
-        raise InputError(f"crop_pct = {crop_pct}: expected a number above 0 and up to 1.")
+    if crop_pct is not None and not LEAST_CROP <= crop_pct <= 1:
+        raise InputError(f"crop_pct = {crop_pct}: expected a number above 0: {LEAST_CROP} to 1.")
     size = (
         {"model": model_size, "keep": None}.get(image_size)
         if isinstance(image_size, str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tta_lightning.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+# By their content, whatever the suffix says. Not every format that Pillow knows: for EPS it would
+# start another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 
 # What brings a picture upright, by the value of its EXIF orientation tag (EXIF 2.32, tag 0x0112).
 _UPRIGHT = {
@@ -26,11 +31,14 @@ _UPRIGHT = {
 }
 
 
+PathOrFile = str | os.PathLike[str] | IO[bytes]
+
+
 class BadImageError(InputError):
     """A file cannot be read as an image; the message names the file and the reason."""
 
 
-def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+def read_image(path: PathOrFile) -> NDArray[np.uint8]:
     """Read one picture as 8-bit RGB.
 
     The orientation noted by the camera (EXIF) is applied. Gray, palette and CMYK pictures are
@@ -38,7 +46,8 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     paper that drawings with transparency are made for. Of an animation the first frame is read.
 
     Args:
-        path: The file. Its content decides how it is read, not its suffix.
+        path: The file, or one that is open for reading bytes. Its content decides how it
+            is read, not its suffix.
 
     Returns:
         Pixels ``[H, W, 3]``, writable.
@@ -52,12 +61,13 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
             # Remarks on odd metadata would be repeated for every file; only the size matters.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            _check_regular(path)
+            with Image.open(path, formats=FORMATS) as image:
                 image.load()
                 return np.array(_to_rgb(_upright(image)), dtype=np.uint8)
     except Exception as error:  # on damaged bytes a decoder raises whatever it stumbles upon
         raise BadImageError(
-            f"Cannot read the image {os.fspath(path)!r}: {_reason(path, error)}. "
+            f"Cannot read the image{_name(path)}: {_reason(path, error)}. "
             "Expected a complete JPEG, PNG, WebP or BMP file: replace it or remove it."
         ) from error
 
@@ -86,15 +96,33 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(path: str | os.PathLike[str], error: Exception) -> str:
+def _check_regular(path: PathOrFile) -> None:
+    """Refuse to open what is no file: a pipe would be waited for without end."""
+    if isinstance(path, str | os.PathLike):
+        file = Path(path)
+        if file.exists() and not file.is_file():
+            raise OSError("it is a directory or a device, not a file")
+
+
+def _name(path: PathOrFile) -> str:
+    return f" {os.fspath(path)!r}" if isinstance(path, str | os.PathLike) else ""
+
+
+def _reason(path: PathOrFile, error: Exception) -> str:
     """Say in a few words why a file could not be read."""
-    file = Path(path)
     if isinstance(error, FileNotFoundError):
         return "the file does not exist (any more)"
-    if file.is_file() and file.stat().st_size == 0:
+    if isinstance(path, str | os.PathLike) and _is_empty(Path(path)):
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
         return "its content is not an image"
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return f"it has too many pixels ({error})"
     return str(error).rstrip(".") or type(error).__name__
+
+
+def _is_empty(file: Path) -> bool:
+    try:
+        return file.is_file() and file.stat().st_size == 0
+    except (OSError, ValueError):  # a name that no file can have
+        return False

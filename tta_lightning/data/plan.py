@@ -83,7 +83,7 @@ class Plan:
             )
         edges = [0, *(segment.stop for segment in self.segments)]
         starts = [segment.start for segment in self.segments]
-        if starts != edges[:-1] or edges[-1] != len(self.samples):
+        if starts != edges[:-1] or edges != sorted(edges) or edges[-1] != len(self.samples):
             raise InputError("The segments of a plan must follow each other and cover all samples.")
         self._check_settings()
 
@@ -140,18 +140,18 @@ class Plan:
         """
         try:
             return cls(
-                scenario=str(values["scenario"]),
-                samples=np.asarray(values["samples"], dtype=np.int64),
-                domain_ids=np.asarray(values["domain_ids"], dtype=np.int64),
-                domains=tuple(Domain(str(c), int(s)) for c, s in values["domains"]),
+                scenario=_text(values["scenario"]),
+                samples=_indices(values["samples"]),
+                domain_ids=_indices(values["domain_ids"]),
+                domains=tuple(Domain(_text(c), int(s)) for c, s in values["domains"]),
                 segments=tuple(
-                    Segment(str(n), int(a), int(b), bool(r)) for n, a, b, r in values["segments"]
+                    Segment(_text(n), int(a), int(b), bool(r)) for n, a, b, r in values["segments"]
                 ),
                 batch_size=_int_or_none(values.get("batch_size")),
                 window=_int_or_none(values.get("window")),
                 reset_each_batch=bool(values.get("reset_each_batch", False)),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"Not a plan: {error!r}. Expected what Plan.save wrote, with the fields scenario, "
                 "samples, domain_ids, domains and segments."
@@ -174,7 +174,7 @@ class Plan:
             raise InputError(
                 f"No plan at {path}: {error.strerror}. Give an existing file."
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{path} is not JSON: {error}. Expected what Plan.save wrote."
             ) from error
@@ -231,6 +231,19 @@ def _names_of_visits(domains: Sequence[Domain]) -> Iterator[str]:
 
 def _sha256(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _indices(values: Any) -> NDArray[np.int64]:
+    indices = np.asarray(values, dtype=np.int64)
+    if indices.ndim != 1:
+        raise ValueError(f"indices of shape {list(indices.shape)} instead of a list of numbers")
+    return indices
+
+
+def _text(value: Any) -> str:
+    text = str(value)
+    text.encode()  # half a character of UTF-16 could not be written to any file: a ValueError
+    return text
 
 
 def _int_or_none(value: Any) -> int | None:

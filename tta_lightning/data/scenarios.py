@@ -26,6 +26,8 @@ Indices: TypeAlias = NDArray[np.int64]
 Labels: TypeAlias = NDArray[np.int64]
 Scenario: TypeAlias = Callable[..., Plan]
 
+MOST_ROUNDS = 10_000  # each visit to a domain has figures of its own in memory
+MOST_WINDOW = 1_000_000  # images that are predicted together
 MOST_DELTA = 1_000_000  # shares that are equal to 1 in 1,000; far larger ones overflow their sum
 
 
@@ -223,7 +225,7 @@ def recurring(
     Raises:
         InputError: ``rounds`` is not a whole number from 1 on.
     """
-    visits = [*domains] * _whole("rounds", rounds)
+    visits = [*domains] * _whole("rounds", rounds, MOST_ROUNDS)
     orders = [rng.permutation(subset) for _ in visits]
     return concatenate("recurring", orders, visits, reset=False)
 
@@ -267,7 +269,7 @@ def sliding_window(
         InputError: ``window`` is not a whole number from 1 on.
     """
     plan = reset_each_shift(subset, labels, domains, rng)
-    size = _whole("window", window)
+    size = _whole("window", window, MOST_WINDOW)
     return replace(plan, scenario="sliding_window", batch_size=1, window=size)
 
 
@@ -334,10 +336,21 @@ def _dirichlet(
     return partial(dirichlet_order, own, classes, delta, rng)
 
 
-def _whole(name: str, value: float) -> int:
+def _whole(name: str, value: float, most: int) -> int:
     if value < 1 or not float(value).is_integer():
         raise InputError(f"{name} = {_shown(value)}: expected a whole number from 1 on.")
+    if value > most:
+        raise InputError(f"{name} = {_shown(value)}: expected at most {most:,}.")
     return int(value)
+
+
+def _check_number(name: str, value: float) -> None:
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):  # the last one of huge integers
+        raise InputError(
+            f"scenario_options.{name} = {str(value)[:40]}: expected a number that a float can hold."
+        ) from None
 
 
 def _shown(value: float) -> float:
@@ -365,12 +378,13 @@ def complete_options(scenario: str, given: Mapping[str, float] | None) -> dict[s
         given: Option name to value; None for none.
 
     Raises:
-        InputError: The scenario has no option of a name that is given.
+        InputError: The scenario has no option of a name that is given, or it is no number.
     """
     parameters = inspect.signature(SCENARIOS[scenario]).parameters.values()
     known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    for name in given or {}:
+    for name, value in (given or {}).items():
         if name in known:
+            _check_number(name, value)
             continue
         if not known:
             raise InputError(

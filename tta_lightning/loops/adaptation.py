@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from tta_lightning.adapter import Adapter
-from tta_lightning.contract import StepReport
+from tta_lightning.contract import StepReport, kind_of
 from tta_lightning.data.batches import StreamBatch
 from tta_lightning.data.classes import class_indices
 from tta_lightning.data.plan import Plan, Segment
@@ -232,15 +232,19 @@ class AdaptationLoop(_EvaluationLoop):
             return batch
         parts = list(batch) if isinstance(batch, list | tuple) else [batch]
         images = parts[0] if parts else None
-        if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-            got = f"{list(images.shape)} {images.dtype}" if isinstance(images, Tensor) else batch
+        right = isinstance(images, Tensor) and images.dim() == 4 and images.is_floating_point()
+        if not isinstance(images, Tensor) or not right or images.is_meta:
             raise InputError(
                 "adapt needs batches of floating-point images [B, 3, H, W] in [0, 1], alone or as "
-                f"(images, labels); this dataloader gave {got if parts else 'nothing'}."
+                f"(images, labels); this dataloader gave {kind_of(images) if parts else 'nothing'}."
             )
         labels = parts[1] if len(parts) > 1 else torch.full((len(images),), -1)
-        if not isinstance(labels, Tensor) or labels.shape != images.shape[:1]:
-            raise InputError("The labels of a batch must be class indices [B], one an image.")
+        indices = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_meta)
+        if not indices or labels.is_complex() or labels.shape != images.shape[:1]:
+            raise InputError(
+                "The labels of a batch must be class indices [B], whole numbers, one an image; "
+                f"this dataloader gave {kind_of(labels)} for {len(images)} images."
+            )
         positions = torch.arange(self.served, self.served + len(images))
         return StreamBatch(images, labels.long(), positions)
 

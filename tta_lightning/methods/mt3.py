@@ -283,13 +283,21 @@ class MT3(Adapter):
         self._ran = f"{self._way} ({measured})"
 
 
-def check_images(method: str, images: Tensor) -> None:
+def check_images(method: str, images: Any) -> None:
     """Refuse what is no batch of images, in the name of a method."""
-    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise InputError(
-            f"{method} got images of shape {list(images.shape)} and type {images.dtype}; it "
-            "expects floating-point images [B, 3, H, W] in [0, 1]."
-        )
+    if not isinstance(images, Tensor):
+        got = type(images).__name__
+    elif images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        got = f"images of shape {list(images.shape)} and type {images.dtype}"
+    elif 0 in images.shape[2:]:
+        got = f"images of shape {list(images.shape)}, without a pixel"
+    elif images.is_meta:
+        got = "images on the device 'meta', where tensors hold no values"
+    else:
+        return
+    raise InputError(
+        f"{method} got {got}; it expects floating-point images [B, 3, H, W] in [0, 1]."
+    )
 
 
 def report_episodes(losses: Tensor, finite: Tensor) -> StepReport:

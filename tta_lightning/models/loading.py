@@ -18,6 +18,7 @@ from tta_lightning.models.sources import BUILDERS, build_class
 from tta_lightning.models.weights import (
     CHECKPOINT_KEY,
     SUFFIXES,
+    is_file,
     load_strictly,
     network_part,
     read_file,
@@ -102,7 +103,7 @@ def load_model(
     prefix = request.spec.partition(":")[0]
     if prefix in BUILDERS:
         return _build(request)
-    if Path(request.spec).is_file() or Path(request.spec).suffix in SUFFIXES:
+    if is_file(request.spec) or Path(request.spec).suffix in SUFFIXES:
         return _from_checkpoint(request.spec, request)
     if re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", request.spec):
         return _build(request)

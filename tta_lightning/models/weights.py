@@ -20,6 +20,14 @@ WRAPPER_KEYS = ("state_dict", "model", "model_state_dict")
 SHOWN = 10  # how many wrong names an error lists
 
 
+def is_file(path: str | Path) -> bool:
+    """Say whether there is such a file; a name that none can have, too long a one, is none."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
+
 def read_file(path: str | Path) -> Any:
     """Read a weight file or checkpoint to the CPU.
 
@@ -33,7 +41,7 @@ def read_file(path: str | Path) -> Any:
         InputError: The file is missing, of another kind, damaged, or carries Python code.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(
             f"There is no weight file {str(path)!r}. Give the path of an existing file."
         )

@@ -73,7 +73,7 @@ def _draw_running(
         heights += [*_running(values[start:stop], images[start:stop]) * scale, np.nan]
     colour = COLOURS[number % len(COLOURS)]
     style = _style(LINES, number)
-    axes.plot(places, heights, color=colour, linestyle=style, linewidth=1.4, label=name)
+    axes.plot(places, heights, color=colour, linestyle=style, linewidth=1.4, label=_readable(name))
     alone = _alone(np.asarray(heights))  # a line of one point is none
     axes.plot(np.asarray(places)[alone], np.asarray(heights)[alone], ".", color=colour)
 
@@ -108,7 +108,8 @@ def _draw_wholes(axes: Axes, runs: Sequence[Sequence[Mapping[str, Any]]], labell
             linewidth=0,
         )
     shown = slice(None, None, -(-len(names) // MOST_TICKS))
-    axes.set_xticks(places[shown], names[shown], rotation=35, ha="right", fontsize=8)
+    labels = [_readable(name) for name in names[shown]]
+    axes.set_xticks(places[shown], labels, rotation=35, ha="right", fontsize=8)
     axes.set_ylabel("accuracy (%)" if labelled else "mean entropy (nats)")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -131,6 +132,13 @@ def _ends(curve: Mapping[str, Any]) -> list[int]:
     """Return how many images were seen at the end of each segment but the last."""
     seen = np.cumsum(curve["images"])
     return [int(seen[start - 1]) for start in _starts(curve)[1:]]
+
+
+def _readable(name: str) -> str:
+    """Have a name drawn as it is: no formula between dollars, no label hidden by an underscore."""
+    printable = "".join(letter if letter.isprintable() else "?" for letter in name)
+    escaped = printable.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
 
 
 def _style(styles: Sequence[str], number: int) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tta_lightning.errors import InputError
 from tta_lightning.runs import LOCK, write_atomically
@@ -28,8 +30,10 @@ _DIGEST = 64  # hexadecimal digits
 _PLAIN = (bool, int, float, str, bytes, type(None))
 _NAME = re.compile(r"batch-(\d+)" + re.escape(_SUFFIX))
 _ABSENT = "nothing"
-# Where images lie may change between two processes; the digest says which they are.
-_ELSEWHERE = ("root",)
+# What may differ between two processes of a run: where images lie (a digest says which they are),
+# and what happens at one that cannot be read.
+_FREE = ("root", "on_bad_image")
+_PARTS = ("loop", "adapter", "callbacks", "random", "run")
 
 
 class DamagedCheckpointError(InputError):
@@ -52,6 +56,11 @@ class Resumable(NamedTuple):
 def path_of(folder: Path, batches: int) -> Path:
     """Name the checkpoint of a run after a number of batches."""
     return folder / FOLDER / f"batch-{batches:08d}{_SUFFIX}"
+
+
+def half_written(folder: Path) -> list[Path]:
+    """List what a process that was killed while it wrote a checkpoint has left."""
+    return list(Path(folder, FOLDER).glob(f".*{_SUFFIX}.*"))
 
 
 def stored(folder: Path) -> list[Path]:
@@ -145,6 +154,11 @@ def read_newest(files: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
         except DamagedCheckpointError as error:
             problems.append(str(error))
             continue
+        if not isinstance(state, dict) or not all(isinstance(state.get(p), dict) for p in _PARTS):
+            raise InputError(
+                f"The checkpoint {path} does not hold what this version of tta_lightning writes. "
+                "Resume with the version that the run was begun with."
+            )
         for problem in problems:
             warnings.warn(f"{problem} The one before it is used: {path}.", stacklevel=3)
         return path, state
@@ -166,8 +180,11 @@ def find(resume_from: str | Path) -> Resumable:
     """
     if str(resume_from) == LAST:
         return _newest_run()
+    if not str(resume_from):
+        raise InputError(f"resume_from is empty. Give a run folder, a checkpoint, or {LAST!r}.")
     path = Path(resume_from)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  (Path.is_dir raises where a name is too long)
+        path = path.parent if path.name == FOLDER and not stored(path) else path
         files = stored(path)
         if files or _just_begun(path):
             return Resumable(path, tuple(files))
@@ -177,7 +194,7 @@ def find(resume_from: str | Path) -> Resumable:
             f"The folder {path} has no checkpoint of an adaptation to resume from.{hint} A run "
             "writes them with the callback AdaptationCheckpoint."
         )
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113
         raise InputError(
             f"There is no run folder or checkpoint {str(path)!r} to resume from. Give the folder "
             f"of a run, a file in its folder {FOLDER!r}, or {LAST!r}."
@@ -223,7 +240,7 @@ def random_state() -> dict[str, Any]:
     """Return the state of the generators of torch (CPU, CUDA), NumPy and Python."""
     name, keys, *others = np.random.get_state(legacy=True)  # noqa: NPY002
     version, words, gauss = random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
         "torch": torch.get_rng_state(),
         "cuda": cuda,
@@ -235,7 +252,7 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Take what :func:`random_state` returned; that of CUDA only where there are as many GPUs."""
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
     name, keys, *others = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *others))  # noqa: NPY002
@@ -251,7 +268,7 @@ def _batches(path: Path) -> int:
 
 def _newest_run() -> Resumable:
     found = {folder.parent: stored(folder.parent) for folder in Path(RUNS).glob(f"**/{FOLDER}")}
-    runs = {folder: files for folder, files in found.items() if files and not _complete(folder)}
+    runs = {f: files for f, files in found.items() if files and not is_complete(f)}
     if not runs:
         raise InputError(
             f"There is no run under {RUNS}/ that has checkpoints and is not complete. Give the "
@@ -276,7 +293,8 @@ def _just_begun(folder: Path) -> bool:
     )
 
 
-def _complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
+    """Whether a run has written all its results."""
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a run that was killed has none
@@ -285,14 +303,14 @@ def _complete(folder: Path) -> bool:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    if isinstance(value, Mapping):
+    if type(value) in (dict, OrderedDict):
         for key, item in value.items():
             _check_plain(key, where)
             _check_plain(item, f"{where}.{key}".removeprefix("."))
     elif type(value) in (list, tuple):
         for item in value:
             _check_plain(item, where)
-    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
+    elif type(value) not in (Tensor, nn.Parameter, *_PLAIN):
         raise InputError(
             f"{where} of a checkpoint is a {type(value).__name__}. Expected tensors and plain "
             "Python values: turn it into those in state_dict()."
@@ -303,7 +321,7 @@ def _leaves(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, A
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{where}{key}.")
-        elif key not in _ELSEWHERE:
+        elif key not in _FREE:
             yield f"{where}{key}", value
 
 

@@ -6,7 +6,6 @@ import logging
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter, get_loader, set_loader
@@ -27,6 +26,7 @@ from tta_lightning.report.compare import Run, compare, summarise
 from tta_lightning.runs import run_folder, write_atomically
 from tta_lightning.trainer import Trainer
 
+_LIBRARIES = ("tta_lightning", "lightning", "jsonargparse", "torch", "torchvision", "timm", "numpy")
 MOST_SEED = 2**32 - 1  # of numpy's global generator
 DESCRIPTION = """Train models to adapt, and adapt them online.
 
@@ -47,9 +47,8 @@ class _SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         folder = run_folder(trainer)
-        if folder is None:
-            return
-        if not Path(folder, self.config_filename).exists():  # that of a run that is resumed stays
+        is_resumed = getattr(trainer.test_loop, "resumed", None) is not None
+        if folder is not None and not is_resumed:  # then it stays as it was
             text = self.parser.dump(self.config, skip_none=False)
             write_atomically(folder / self.config_filename, text)
 
@@ -98,6 +97,8 @@ class TTACLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
+            if isinstance(error, TypeError) and not _is_of_a_library(error):
+                raise  # a mistake in a class of the user's own, who wants to see where
             message = explain(str(error), self.parser)
             raise input_error_behind(error) or InputError(message) from error
 
@@ -181,6 +182,15 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {_without_worker(known)}\n")
         return 2
     return 0
+
+
+def _is_of_a_library(error: Exception) -> bool:
+    """Whether an error was raised by code that checks arguments, and not by the user's own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    return name.partition(".")[0] in _LIBRARIES
 
 
 def _without_worker(error: InputError) -> str:

@@ -76,6 +76,9 @@ def unobserved(phase: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+_NOT_THE_IMAGES = ("CUDA", "allocate memory")  # in messages of a device that has failed
+
+
 def logits_of(network: nn.Module, images: Tensor) -> Tensor:
     """Run a network on images ``[B, 3, H, W]`` and return its logits ``[B, C]``.
 
@@ -87,11 +90,13 @@ def logits_of(network: nn.Module, images: Tensor) -> Tensor:
         logits = network(images)
     except (InputError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+    except (RuntimeError, ValueError, IndexError) as error:
+        if any(words in str(error) for words in _NOT_THE_IMAGES):
+            raise
         own = next(network.parameters(), images)
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
-            f"The network cannot take images {list(images.shape)} of {images.dtype} on "
+            f"The network failed on images {list(images.shape)} of {images.dtype} on "
             f"{images.device}: {reason}. Expected images [B, 3, H, W] in [0, 1], large enough for "
             f"the network, of {own.dtype} on {own.device}."
         ) from error

@@ -24,12 +24,12 @@ from tta_lightning.callbacks import (
     RunRecorder,
     StreamMetrics,
 )
-from tta_lightning.checkpoints import Resumable, find, read_newest
+from tta_lightning.checkpoints import LAST, Resumable, find, is_complete, read_newest
 from tta_lightning.data.stream import Stream
 from tta_lightning.errors import InputError
 from tta_lightning.loops import AdaptationLoop
 from tta_lightning.models.classifier import describe
-from tta_lightning.runs import LOCK, locked, reserved, unused_folder
+from tta_lightning.runs import locked, reserved, unused_folder
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 _SHORT_PRECISIONS = ("32", "64", "bf16")  # what Lightning takes for some of them
@@ -124,7 +124,7 @@ class Trainer(pl.Trainer):
         self.should_stop = False  # an earlier run may have been stopped
         try:
             with self._run_folder(self._has_predicted, before), _room_on_disk(), _quiet():
-                loop = AdaptationLoop(self, _state(before))
+                loop = AdaptationLoop(self, _state(before, resume_from))
                 self.test_loop = loop
                 if loop.resumed is not None:
                     datamodule.start = loop.resumed["loop"]["served"]  # type: ignore[union-attr]
@@ -190,7 +190,7 @@ class Trainer(pl.Trainer):
         ):
             raise InputError(
                 f"A run goes on in its own folder {found.folder}, but run_dir is {self.run_dir}. "
-                "Leave run_dir out."
+                "Leave run_dir out, or set it to null where a file says so."
             )
         return found
 
@@ -259,7 +259,7 @@ class Trainer(pl.Trainer):
             )
 
 
-def _state(before: Resumable | None) -> dict[str, Any] | None:
+def _state(before: Resumable | None, resume_from: Any) -> dict[str, Any] | None:
     """Read the newest checkpoint of a run that is whole; None where the run begins.
 
     Raises:
@@ -267,13 +267,12 @@ def _state(before: Resumable | None) -> dict[str, Any] | None:
     """
     if before is None:
         return None
-    if not before.files:  # it was interrupted before its first batch: what it began is replaced
-        for path in before.folder.iterdir():
-            if path.is_file() and path.name != LOCK:
-                path.unlink()
+    # once more, now that no other process writes to it
+    files = find(before.folder if str(resume_from) == LAST else resume_from).files
+    if not files:  # it was interrupted before its first batch: what it began is replaced
         return None
-    _, state = read_newest(before.files)
-    if state["loop"]["finished"]:
+    _, state = read_newest(files)
+    if state["loop"]["finished"] and is_complete(before.folder):
         raise InputError(
             f"The run {before.folder} is complete: there is nothing to resume. Its results are in "
             "metrics.json."
@@ -284,7 +283,7 @@ def _state(before: Resumable | None) -> dict[str, Any] | None:
 def _next(before: Resumable) -> str:
     """Name the folder of the loggers of a process that goes on: each has its own."""
     number = 2
-    while (before.folder / "logs" / f"resumed_{number}").exists():
+    while any((before.folder / "logs" / f"resumed_{number}").glob("*")):
         number += 1
     return f"resumed_{number}"
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tests.conftest import read_json
 from tests.loops.test_adaptation import Logits, quiet
 from tests.networks import are_equal, make_batches, make_network
+from tests.streams import make_stream
 from tests.test_adapter import CASES, all_of, is_finite
 from tta_lightning.adapter import Adapter
 from tta_lightning.callbacks import AdaptCallback
@@ -155,6 +156,19 @@ def test_a_careless_method_is_sent_back_to_its_source_before_a_prediction_is_los
     assert reasons == ["a weight is not finite: reset to the source model"]
     metrics = read_json(tmp_path / "run" / "metrics.json")
     assert (metrics["recoveries"], metrics["nonfinite_batches"]) == (1, 0)
+
+
+def test_in_a_window_an_image_comes_once_though_it_is_predicted_twice():
+    arrived = []
+
+    class Arrived(AdaptCallback):
+        def on_adapt_batch_end(self, trainer, adapter, logits, batch, batch_idx):
+            arrived.append(trainer.test_loop.window.arrived)
+
+    stream = make_stream(12, scenario="sliding_window", scenario_options={"window": 4})
+    with pytest.warns(UserWarning, match="a weight is not finite"):
+        quiet(Arrived()).adapt(Careless(make_network("gn")), datamodule=stream)
+    assert arrived == 2 * [*range(1, 13)]  # a window a segment
 
 
 def test_metrics_name_the_first_hundred_batches(tmp_path):

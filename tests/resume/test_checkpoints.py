@@ -4,10 +4,10 @@ import hashlib
 import os
 import pickle
 import random
-import resource
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -35,6 +35,10 @@ from tta_lightning.runs import locked
 from tta_lightning.snapshots import size_in_bytes
 
 MARK = b"tta_lightning adaptation 1 sha256:"
+
+
+class Parameters(list):
+    """A list by another name."""
 
 
 class BadAt(Stream):
@@ -141,7 +145,10 @@ class TestFiles:
         with pytest.raises(InputError, match="cannot be read: No such file"):
             read(tmp_path / "none")
 
-    @pytest.mark.parametrize("value", [np.float64(1.0), {1, 2}, object(), torch.Size([1])])
+    @pytest.mark.parametrize(
+        "value",
+        [np.float64(1.0), {1, 2}, object(), torch.Size([1]), defaultdict(int), Parameters([])],
+    )
     def test_only_plain_values_are_written(self, value, tmp_path):
         with pytest.raises(InputError, match=r"^callbacks\.Mine\.x of a checkpoint is a"):
             write(tmp_path / "one", {"callbacks": {"Mine": {"x": [value]}}})
@@ -196,10 +203,12 @@ class TestWhen:
         quiet(AdaptationCheckpoint(1)).adapt(tent(), datamodule=make_stream())
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("option", ["every_n_batches", "keep_last"])
+    @pytest.mark.parametrize(
+        "option", [{"every_n_batches": 0}, {"keep_last": 0}, {"keep_last": None}]
+    )
     def test_a_number_below_one_is_refused(self, option):
-        with pytest.raises(InputError, match=f"{option} = 0: expected 1 or more"):
-            AdaptationCheckpoint(**{option: 0})
+        with pytest.raises(InputError, match="expected a whole number from 1 on"):
+            AdaptationCheckpoint(**option)
 
     def test_an_error_between_two_batches_writes_one(self, tmp_path):
         begun(tmp_path / "a", checkpoint=AdaptationCheckpoint(None))
@@ -362,6 +371,93 @@ class TestResuming:
         trainer.adapt(tent("gn"), datamodule=folder_stream(), resume_from=tmp_path / "run")
         assert same_end(tmp_path / "whole", tmp_path / "run")
 
+    def test_a_run_that_was_killed_while_it_wrote_its_results_writes_them(self, whole, tmp_path):
+        for name, gone in {"a": ["metrics.json"], "b": ["metrics.json", "curves.png"]}.items():
+            shutil.copytree(whole, tmp_path / name)
+            for file in gone:
+                (tmp_path / name / file).unlink()
+            resume(tmp_path / name)
+            assert same_end(whole, tmp_path / name)
+            first, second = (read_json(f / "metrics.json") for f in (whole, tmp_path / name))
+            for varying in ("cost",):
+                del first[varying], second[varying]
+            assert first == second
+            assert (tmp_path / name / "curves.png").exists()
+
+    def test_an_error_after_the_last_batch_leaves_a_checkpoint_that_is_whole(self, whole, tmp_path):
+        class Late(Callback):
+            def on_adapt_end(self, *args):
+                raise ValueError("too late")
+
+        trainer = quiet(Late(), run_dir=tmp_path / "run", limit_test_batches=4)
+        with pytest.raises(ValueError, match="too late"):
+            trainer.adapt(tent(), datamodule=make_stream())
+        resume(tmp_path / "run")
+        assert same_end(whole, tmp_path / "run")
+        assert [s["images"] for s in read_json(tmp_path / "run" / "metrics.json")["segments"]] == [
+            12,
+            12,
+        ]
+
+    def test_one_that_is_older_may_be_interrupted_again(self, whole, tmp_path):
+        begun(tmp_path / "run", checkpoint=AdaptationCheckpoint(1, keep_last=5))
+        with pytest.raises(ValueError, match="the disk went away"):
+            quiet(AdaptationCheckpoint(None, on_exception=False), run_dir=None).adapt(
+                tent(),
+                datamodule=stream_that_ends(12),
+                resume_from=path_of(tmp_path / "run", 1),
+            )
+        assert stored(tmp_path / "run") == [path_of(tmp_path / "run", 1)]
+        resume(tmp_path / "run")
+        assert same_end(whole, tmp_path / "run")
+
+    def test_what_was_half_written_is_removed(self, tmp_path):
+        begun(tmp_path / "run")
+        part = tmp_path / "run" / "checkpoints" / ".batch-00000005.state.abc"
+        part.write_bytes(b"half")
+        resume(tmp_path / "run")
+        assert not part.exists()
+
+    def test_bad_images_may_be_left_out_from_then_on(self, noise_images, tmp_path):
+        from tta_lightning.data import UnlabelledImages
+
+        def folder_stream(choice):
+            source = UnlabelledImages(str(tmp_path / "images"))
+            return Stream(
+                source, corruptions=["contrast"], batch_size=2, image_size=32, on_bad_image=choice
+            )
+
+        noise_images(tmp_path, "images", count=6)
+        bad = tmp_path / "images" / "0.png"  # among the last of the stream
+        bad.write_bytes(bad.read_bytes()[:200])
+        with pytest.raises(InputError, match="set on_bad_image: skip"):
+            quiet(run_dir=tmp_path / "run").adapt(tent("gn"), datamodule=folder_stream("stop"))
+        with pytest.warns(UserWarning, match="Left out"):
+            results = quiet(run_dir=None).adapt(
+                tent("gn"), datamodule=folder_stream("skip"), resume_from=tmp_path / "run"
+            )
+        assert (results["completed"], results["bad_images"]["count"]) == (True, 1)
+        assert results["overall"]["images"] == 5
+
+    def test_a_batch_without_a_good_image_counts(self, noise_images, tmp_path):
+        from tta_lightning.data import UnlabelledImages
+
+        noise_images(tmp_path, "images", count=6)
+        source = UnlabelledImages(str(tmp_path / "images"))
+        stream = Stream(source, corruptions=["contrast"], batch_size=1, on_bad_image="skip")
+        for position in (1, 2):
+            bad = tmp_path / "images" / source.path(int(stream.plan.samples[position]), "none", 0)
+            bad.write_bytes(bad.read_bytes()[:200])
+        names = []
+
+        class Note(AdaptCallback):
+            def on_adapt_boundary(self, trainer, adapter):
+                names.append((trainer.test_loop.drawn, trainer.test_loop.completed_batches))
+
+        with pytest.warns(UserWarning, match="Left out"):
+            quiet(Note()).adapt(tent("gn"), datamodule=stream)
+        assert names == [(0, 0), (1, 1), (2, 1), (3, 1), (4, 2), (5, 3), (6, 4), (6, 4)]
+
     def test_clean_images_are_not_looked_at_again(self, tmp_path, monkeypatch):
         def eata():
             return EATA(make_network("gn"), Adam(lr=0.01), e_margin=5.0, d_margin=2.0)
@@ -452,6 +548,44 @@ class TestRefusals:
             resume(run, *callbacks, adapter=adapter, **change)
         assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
+    def test_other_classes_are_refused(self, tmp_path):
+        def of(classes):
+            adapter = tent("gn")
+            adapter.restrict_classes(classes)
+            return adapter
+
+        def stream(make):
+            nameless = make()
+            nameless.source.classes = None
+            return nameless
+
+        options = {"images": 12}
+        with pytest.raises(ValueError, match="the disk went away"):
+            quiet(AdaptationCheckpoint(1), run_dir=tmp_path / "run").adapt(
+                of(range(10)[::-1]), datamodule=stream(lambda: stream_that_ends(17, **options))
+            )
+        with pytest.raises(
+            InputError, match=r"method\.classes: \[9, 8.* then, nothing now|None now"
+        ):
+            quiet(AdaptationCheckpoint(1), run_dir=None).adapt(
+                of(None), datamodule=stream(make_stream), resume_from=tmp_path / "run"
+            )
+
+    def test_content_of_another_version_is_refused(self, run, tmp_path):
+        shutil.copytree(run, tmp_path / "run")
+        write(path_of(tmp_path / "run", 9), {"loop": {"drawn": 9}})
+        with pytest.raises(InputError, match="does not hold what this version"):
+            resume(tmp_path / "run", STAG(0.5))
+
+    @pytest.mark.parametrize("content", ["{", "[]"])
+    def test_a_manifest_that_is_damaged_is_told_of(self, run, content, tmp_path):
+        shutil.copytree(run, tmp_path / "run")
+        (tmp_path / "run" / "manifest.json").write_text(content)
+        before = (tmp_path / "run" / "predictions.csv").read_bytes()
+        with pytest.raises(InputError, match=r"manifest.json .*Move it away"):
+            resume(tmp_path / "run", STAG(0.5))
+        assert (tmp_path / "run" / "predictions.csv").read_bytes() == before
+
     def test_another_precision_is_refused(self, run):
         with pytest.raises(InputError, match="precision: 32-true then, bf16-mixed now"):
             quiet(STAG(0.5), run_dir=None, precision="bf16-mixed").adapt(
@@ -501,6 +635,8 @@ class TestRefusals:
             "empty": "has no checkpoint of an adaptation to resume from. A run writes",
             str(run.parent): f"There is one in {run}",
             "last": "There is no run under runs/ that has checkpoints",
+            "x" * 300: "There is no run folder or checkpoint",
+            "": "resume_from is empty",
             copy: "does not lie in a run folder",
             str(run / "manifest.json"): "does not lie in a run folder",
         }
@@ -594,8 +730,7 @@ class TestFullDisk:
         resume(tmp_path / "run")
         assert same_end(whole, tmp_path / "run")
 
-    def test_the_limit_is_what_a_full_disk_looks_like(self, tmp_path):
-        assert resource.getrlimit(resource.RLIMIT_FSIZE)  # else these tests mean nothing
+    def test_the_error_of_a_full_disk_is_among_those_that_are_told_of(self, tmp_path):
         with pytest.raises(OSError, match="No space left") as full, open("/dev/full", "w") as file:  # noqa: PTH123
             file.write("x" * 10_000)
         from tta_lightning.trainer import _NO_ROOM
@@ -603,8 +738,7 @@ class TestFullDisk:
         assert full.value.errno in _NO_ROOM
 
 
-def test_a_reset_of_a_callback_is_not_lost(tmp_path):
-    """A run in which callbacks of ours keep no state of their own resumes too."""
+def test_a_segment_that_was_entered_is_not_entered_again(tmp_path):
     seen = []
 
     class Resets(AdaptCallback):

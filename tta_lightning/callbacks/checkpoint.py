@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,14 @@ class AdaptationCheckpoint(AdaptCallback):
         on_exception: bool = True,
         on_signal: bool = True,
     ) -> None:
-        for name, value in (("every_n_batches", every_n_batches), ("keep_last", keep_last)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} = {value}: expected 1 or more.")
+        for name, value in (("every_n_batches", every_n_batches or 1), ("keep_last", keep_last)):
+            if not isinstance(value, int) or value < 1 or every_n_batches == 0:
+                raise InputError(f"{name} = {value}: expected a whole number from 1 on.")
         self.every_n_batches, self.keep_last = every_n_batches, keep_last
         self._on_segment, self._on_exception, self._on_signal = on_segment, on_exception, on_signal
         self._run: dict[str, Any] = {}
         self._kept: list[Path] = []
-        self._disk_failed = False
+        self._disk_failed = self._goes_on = False
 
     def on_adapt_start(self, trainer: Trainer, adapter: Adapter) -> None:
         """Note which run it is.
@@ -76,14 +77,14 @@ class AdaptationCheckpoint(AdaptCallback):
                 "There is more than one AdaptationCheckpoint, and they would remove each other's "
                 "files. Keep one."
             )
-        self._kept, self._disk_failed = [], False
+        self._kept, self._disk_failed, self._goes_on = [], False, False
         folder, loop = run_folder(trainer), trainer.test_loop
         if folder is None:
             return
         self._run = identity(trainer, adapter)
         resumed: Any = getattr(loop, "resumed", None)
         if resumed is not None:
-            self._kept = [path_of(folder, resumed["loop"]["drawn"])]
+            self._kept, self._goes_on = [path_of(folder, resumed["loop"]["drawn"])], True
             check_same(resumed["run"], self._run, self._kept[0])
 
     def on_adapt_boundary(self, trainer: Trainer, adapter: Adapter) -> None:
@@ -92,17 +93,25 @@ class AdaptationCheckpoint(AdaptCallback):
         Raises:
             InputError: It cannot be written; the one before it is as it was.
         """
-        folder = run_folder(trainer)
-        if folder is None or not self._is_due(trainer.test_loop, folder):
+        folder, loop = run_folder(trainer), trainer.test_loop
+        if folder is None:
+            return
+        if self._goes_on:  # before a file is cut back to where this one stood
+            self._goes_on = False
+            self._remove_others(folder)
+        if not self._is_due(loop, folder):
             return
         try:
             self._write(trainer, folder)
         except OSError as error:
             self._disk_failed = True
-            kept = f"The last good one is {self._kept[-1]}" if self._kept else "There is none yet"
+            then = "Make room, and begin again."
+            if getattr(loop, "completed_batches", 0):
+                then = (
+                    f"The last good one is {self._kept[-1]}. Make room, then resume from {folder}."
+                )
             raise InputError(
-                f"A checkpoint cannot be written to {folder}: {error.strerror}. {kept}. Make room, "
-                f"then resume from {folder}."
+                f"A checkpoint cannot be written to {folder}: {error.strerror}. {then}"
             ) from error
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -113,13 +122,13 @@ class AdaptationCheckpoint(AdaptCallback):
             return
         told = isinstance(exception, SIGTERMException)
         wanted = self._on_signal if told else self._on_exception
-        between = getattr(loop, "between_batches", False)
+        between = getattr(loop, "between_batches", False) and not loop.ended
         if wanted and between and not self._disk_failed and self._is_new(loop, folder):
             try:
                 self._write(trainer, folder)
             except (OSError, InputError) as error:  # what stopped the run is what the user hears of
                 rank_zero_warn(f"No further checkpoint could be written: {error}")
-        if self._kept and int(getattr(loop, "drawn", 0)):
+        if self._kept and int(getattr(loop, "completed_batches", 0)):
             rank_zero_info(f"Checkpoint: {self._kept[-1]}. resume_from={folder} goes on there.")
 
     def describe(self) -> dict[str, Any]:
@@ -153,9 +162,14 @@ class AdaptationCheckpoint(AdaptCallback):
         write(path, {**loop.state(), "run": self._run})
         if path not in self._kept:
             self._kept.append(path)
-        finished = loop.plan is not None and loop.served >= len(loop.plan)
+        finished = loop.ended and loop.plan is not None and loop.served >= len(loop.plan)
         self._kept = self._kept[-1:] if finished else self._kept[-self.keep_last :]
-        for other in checkpoints.stored(folder):
+        self._remove_others(folder)
+
+    def _remove_others(self, folder: Path) -> None:
+        """Remove checkpoints that are too many, of a time that is over, or half written."""
+        parts = checkpoints.half_written(folder)
+        for other in [*checkpoints.stored(folder), *parts]:
             if other not in self._kept:
                 other.unlink()
 
@@ -171,13 +185,13 @@ def identity(trainer: Trainer, adapter: Adapter) -> dict[str, Any]:
         Plain values: method and hyper-parameters, model, stream, callbacks, precision.
     """
     stream: Any = getattr(trainer, "datamodule", None)
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     info = describe(adapter.network)
     learns, rule = bool(adapter.adapted_parameters), adapter.rule
     return {
         "method": {
             "name": type(adapter).__name__,
             **constructor_arguments(adapter, skip=("network", "rule")),
+            "classes": None if adapter.classes is None else adapter.classes.tolist(),
         },
         "rule": {**rule.describe(), "weights_sha256": weights_hash(rule)} if learns else {},
         "model": {
@@ -187,13 +201,21 @@ def identity(trainer: Trainer, adapter: Adapter) -> dict[str, Any]:
             "std": plain(info.std),
         },
         "stream": stream.describe() if hasattr(stream, "describe") else {},
-        "callbacks": {
-            type(callback).__name__: callback.describe()
-            for callback in callbacks
-            if isinstance(callback, AdaptCallback) and not isinstance(callback, _FREE)
-        },
+        "callbacks": _options(trainer.callbacks),  # type: ignore[attr-defined]
         "precision": str(trainer.precision),
     }
+
+
+def _options(callbacks: list[Any]) -> dict[str, Any]:
+    """Return the options of the callbacks that can change a result, by their class."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for callback in callbacks:
+        if isinstance(callback, AdaptCallback) and not isinstance(callback, _FREE):
+            name = type(callback).__name__
+            seen[name] += 1
+            found[name if seen[name] == 1 else f"{name} ({seen[name]})"] = callback.describe()
+    return found
 
 
 _FREE = (AdaptationCheckpoint, CostMonitor, RunRecorder)  # whose options change no result

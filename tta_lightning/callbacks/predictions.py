@@ -47,6 +47,7 @@ class PredictionWriter(AdaptCallback):
         self.filename = filename
         self._file: IO[str] | None = None
         self._segment = ""
+        self._cuts = False
 
     def on_adapt_start(self, trainer: Trainer, adapter: Adapter) -> None:
         """Open the file: a new one, or that of the run that is resumed.
@@ -59,15 +60,16 @@ class PredictionWriter(AdaptCallback):
             return
         path = Path(folder, self.filename)
         resumed = getattr(trainer.test_loop, "resumed", None) is not None
+        self._cuts = False
         if resumed and not path.is_file():
             raise InputError(
                 f"{path} is gone, which the run that is resumed goes on from. Put it back, or "
                 "start the run anew."
             )
+        begun = path.is_file() and path.read_bytes().count(b"\n") <= 1  # and then killed
+        mode = "r+" if resumed else "w" if begun else "x"
         # names of files need not be valid UTF-8; those that are not are written with escapes
-        self._file = path.open(
-            "r+" if resumed else "x", newline="", encoding="utf-8", errors="backslashreplace"
-        )
+        self._file = path.open(mode, newline="", encoding="utf-8", errors="backslashreplace")
         self._writer = csv.writer(self._file)
         if not resumed:
             self._writer.writerow(COLUMNS)
@@ -115,7 +117,7 @@ class PredictionWriter(AdaptCallback):
         return {"bytes": os.fstat(self._file.fileno()).st_size, "segment": self._segment}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Drop what was written after that, and go on from there.
+        """Go on from there; what was written after that is cut off once the run goes on.
 
         Raises:
             InputError: The file is shorter than it was.
@@ -130,8 +132,13 @@ class PredictionWriter(AdaptCallback):
                 "start the run anew."
             )
         self._file.seek(state_dict["bytes"])
-        self._file.truncate()
-        self._segment = state_dict["segment"]
+        self._cuts, self._segment = True, state_dict["segment"]
+
+    def on_adapt_boundary(self, trainer: Trainer, adapter: Adapter) -> None:
+        """Cut off what the run that is resumed had written after its checkpoint."""
+        if self._file is not None and self._cuts:
+            self._file.truncate()
+            self._cuts = False
 
     def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
         """Close the file."""

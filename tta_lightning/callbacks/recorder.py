@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tta_lightning.adapter import Adapter
 from tta_lightning.callbacks.base import AdaptCallback
 from tta_lightning.describe import plain
+from tta_lightning.errors import InputError
 from tta_lightning.models.classifier import describe, weights_hash
 from tta_lightning.runs import run_folder, write_atomically, write_json
 
@@ -37,6 +38,7 @@ class RunRecorder(AdaptCallback):
 
     def __init__(self) -> None:
         self._manifest: dict[str, Any] | None = None
+        self._begun: dict[str, Any] | None = None  # by the process that the run is resumed after
 
     def on_adapt_start(self, trainer: Trainer, adapter: Adapter) -> None:
         """Write the manifest."""
@@ -45,27 +47,31 @@ class RunRecorder(AdaptCallback):
         if folder is None:
             return
         path = folder / "manifest.json"
-        if getattr(trainer.test_loop, "resumed", None) is None or not path.is_file():
-            self._manifest = self.manifest(trainer, adapter)
-            write_json(path, self._manifest)
+        self._begun = None
+        if getattr(trainer.test_loop, "resumed", None) is not None and path.is_file():
+            self._begun = _read(path)
+            return
+        self._manifest = self.manifest(trainer, adapter)
+        write_json(path, self._manifest)
 
     def on_adapt_boundary(self, trainer: Trainer, adapter: Adapter) -> None:
         """Write into the manifest of a run that is resumed where and when it goes on."""
         loop: Any = trainer.test_loop
-        folder = run_folder(trainer)
-        if folder is None or self._manifest is not None:
+        folder, begun = run_folder(trainer), self._begun
+        if folder is None or begun is None:
             return
-        begun = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         again = {"batches": loop.drawn, "resumed": _now(), "command": sys.argv}
         here = {"device": _device_name(adapter.device), "versions": _versions()}
-        again |= {name: value for name, value in here.items() if value != begun[name]}
+        again |= {name: value for name, value in here.items() if value != begun.get(name)}
         self._manifest = {**begun, "resumed": [*begun.get("resumed", []), again]}
+        self._begun = None
         write_json(folder / "manifest.json", self._manifest)
 
     def on_adapt_end(self, trainer: Trainer, adapter: Adapter) -> None:
         """Write the figures of the run, and into the manifest what the method chose meanwhile."""
         self._complete(trainer, adapter)
         self._write(trainer, stopped=None)
+        self._manifest = None
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write the figures of what was done before the run stopped."""
@@ -75,6 +81,7 @@ class RunRecorder(AdaptCallback):
             self._write(trainer, stopped=f"{type(exception).__name__}: {exception}")
         except OSError as error:  # what stopped the run is what the user hears of
             rank_zero_warn(f"The figures of the run could not be written: {error}")
+        self._manifest = None
 
     def manifest(self, trainer: Trainer, adapter: Adapter) -> dict[str, Any]:
         """Describe a run as plain values.
@@ -159,10 +166,10 @@ class RunRecorder(AdaptCallback):
         if trainer.test_loop.completed_batches == 0:
             return
         results = self.results(trainer, stopped)
-        write_json(folder / "metrics.json", results)
         if "segments" in results:
             write_atomically(folder / "metrics.csv", _table(results["segments"]))
             _draw(folder, results)
+        write_json(folder / "metrics.json", results)  # last: where it says so, all is complete
 
 
 def _why_short(trainer: Trainer) -> str | None:
@@ -173,6 +180,23 @@ def _why_short(trainer: Trainer) -> str | None:
     if loop.plan is None or loop.served >= len(loop.plan):
         return None
     return f"ended after {loop.served} of {len(loop.plan)} images (should_stop or a limit)"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read the manifest of a run that is resumed.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read: {error}. Move it away to write it anew."
+        ) from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path} is no manifest of a run. Move it away to write it anew.")
+    return manifest
 
 
 def _versions() -> dict[str, str]:

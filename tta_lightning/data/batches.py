@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from tta_lightning.data.corruptions import corrupt
 from tta_lightning.data.datasets import BadImageError, ImageSource
-from tta_lightning.data.geometry import Geometry
+from tta_lightning.data.geometry import Geometry, ImageSizeError
 from tta_lightning.data.plan import Plan
 from tta_lightning.errors import InputError
 
@@ -64,6 +64,9 @@ class PlanDataset(Dataset[Sample]):
                 stored = self.source.load(index, domain.corruption, domain.severity)
                 return Sample(self.geometry(stored), label, position, "")
             image = self.geometry(self.source.load(index))
+        except ImageSizeError as error:
+            path = self.source.path(index, domain.corruption, domain.severity)
+            return Sample(None, label, position, f"Cannot use the image {path!r}: {error}")
         except BadImageError as error:
             return Sample(None, label, position, str(error))
         image = corrupt(

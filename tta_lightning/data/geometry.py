@@ -12,6 +12,11 @@ from PIL import Image
 from tta_lightning.data.images import BadImageError
 from tta_lightning.errors import InputError
 
+
+class ImageSizeError(BadImageError):
+    """An image cannot be brought to a size; who knows its name adds it."""
+
+
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -46,7 +51,7 @@ class Geometry:
         """Bring one image ``[H, W, 3]`` to ``[size, size, 3]``.
 
         Raises:
-            BadImageError: It is so long and narrow, or the size so large, that the resized image
+            ImageSizeError: It is so long and narrow, or the size so large, that the resized image
                 could exhaust the memory.
         """
         size = self.size
@@ -56,7 +61,7 @@ class Geometry:
         scale = round(size / self.crop_pct) / min(height, width)
         wide, high = max(size, round(width * scale)), max(size, round(height * scale))
         if wide * high > MOST_PIXELS:
-            raise BadImageError(
+            raise ImageSizeError(
                 f"An image of {width} x {height} px would be {wide} x {high} px before its centre "
                 f"is cut out. Expected at most {MOST_PIXELS:,} pixels: check image_size and "
                 "crop_pct, or remove images that are long and narrow."

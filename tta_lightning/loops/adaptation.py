@@ -8,7 +8,7 @@ user.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -142,9 +142,16 @@ class AdaptationLoop(_EvaluationLoop):
         self.between_batches = False
         self.served += len(batch.labels) + len(batch.bad)
         self.drawn = batch_idx + 1
-        if len(batch.labels) == 0:
-            self.between_batches = True
-            return
+        if len(batch.labels):
+            self._serve(batch, batch_idx)
+        self.between_batches = True
+        self._hook("on_adapt_boundary")
+        if trainer.received_sigterm:
+            raise SIGTERMException
+
+    def _serve(self, batch: StreamBatch, batch_idx: int) -> None:
+        """Predict a batch and learn from it, with all hooks around that."""
+        trainer = self.trainer
         self._enter_segment(batch)
         batch = self._to_device(batch)
 
@@ -154,9 +161,10 @@ class AdaptationLoop(_EvaluationLoop):
         self._hook("on_adapt_batch_start", batch, batch_idx)
         self.batch_progress.increment_started()
 
-        logits = self._predict_and_learn(batch.images)
+        images, step = self._held(batch.images)
+        logits = step(images)[-len(batch.labels) :]
         if not (finite := all_finite(logits)) and self._mend_weights():
-            logits = self._predict_and_learn(batch.images)
+            logits = step(images)[-len(batch.labels) :]
             finite = all_finite(logits)
         self._check_width(logits, batch.labels)
         self._note_what_is_not_finite(finite, batch_idx)
@@ -170,10 +178,6 @@ class AdaptationLoop(_EvaluationLoop):
         self._has_run = True
         trainer._logger_connector.update_eval_step_metrics(self._seen_batches_per_dataloader[0])
         self._seen_batches_per_dataloader[0] += 1
-        self.between_batches = True
-        self._hook("on_adapt_boundary")
-        if trainer.received_sigterm:
-            raise SIGTERMException
 
     def state(self) -> dict[str, Any]:
         """Collect all that the rest of the run depends on, between two batches."""
@@ -192,13 +196,12 @@ class AdaptationLoop(_EvaluationLoop):
         """Tell the callbacks that one of them returned the model to an earlier state."""
         self._hook("on_adapt_reset", reason)
 
-    def _predict_and_learn(self, images: Tensor) -> Tensor:
-        """Return the logits of a batch; with a window, learn once it is full of new images."""
+    def _held(self, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return what a batch is predicted within, and how: a window learns once it is new."""
         if self.window is None or self.adapter.episodic:
-            return self._adapt_step(images)
+            return images, self._adapt_step
         held = self.window.add(images)
-        step = self._adapt_step if self.window.is_new else self._predict
-        return step(held)[-1:]
+        return held, self._adapt_step if self.window.is_new else self._predict
 
     def _adapt_step(self, images: Tensor) -> Tensor:
         with torch.enable_grad(), self._as_test_step():

@@ -64,9 +64,15 @@ def go_on(loop: AdaptationLoop, state: dict[str, Any]) -> None:
                 f"The run had the callback {name}, which is missing now. Resume with the callbacks "
                 "that it was begun with."
             )
+    for name, callback in callbacks.items():
+        if name not in state["callbacks"] and callback.state_dict():
+            raise InputError(
+                f"The checkpoint knows nothing of the callback {name}. Resume with the callbacks "
+                "that the run was begun with, or from an earlier checkpoint."
+            )
+    restore(loop.adapter, state["adapter"])
     for name, held in state["callbacks"].items():
         callbacks[name].load_state_dict(held)
-    restore(loop.adapter, state["adapter"])
     own, plan = state["loop"], loop.plan  # last: with it, the run has something to lose
     for name in _COUNTERS:
         setattr(loop, name, own[name])
@@ -80,6 +86,7 @@ def go_on(loop: AdaptationLoop, state: dict[str, Any]) -> None:
     if own["window"] is not None:
         loop.window = SlidingWindow.from_state(own["window"], loop.adapter.device)
     set_random_state(state["random"])
+    loop.resumed = {"loop": own}  # the rest is in its place: no second copy of it
 
 
 def _stateful(loop: AdaptationLoop) -> dict[str, Callback]:
@@ -88,7 +95,7 @@ def _stateful(loop: AdaptationLoop) -> dict[str, Callback]:
     seen: Counter[str] = Counter()
     named = {}
     for callback in trainer.callbacks:
-        name = type(callback).__qualname__
+        name = callback.state_key
         if not type(callback).__module__.startswith("lightning."):
             seen[name] += 1
             named[name if seen[name] == 1 else f"{name} ({seen[name]})"] = callback

@@ -14,7 +14,7 @@ from tta_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = ("docs/stag.md", "docs/mt3.md", "docs/methods.md")
+PAGES = ("docs/stag.md", "docs/mt3.md", "docs/methods.md", "docs/safety.md")
 SMALLER = {
     "fit": ["--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--data.limit=100"],
     "adapt": ["--data.limit=6"],
@@ -102,12 +102,16 @@ def test_python(workplace):
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["logits"].shape == (16, 10)
     assert namespace["results"]["overall"]["images"] == 400
+    for page in PAGES:
+        for block in blocks("python", (ROOT / page).read_text()):
+            exec(compile(block, page, "exec"), namespace)
+    assert namespace["probabilities"].shape == (4, 10)
 
 
 def test_make_targets():
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    for target in ("setup", "demo", "test", "lint", "format", "bench"):
+    for target in ("setup", "demo", "test", "test-all", "lint", "format", "bench"):
         shown = subprocess.run(
             ["make", "-n", "-o", "setup", target, "RUNS=nowhere/at/all"],
             cwd=ROOT,

@@ -34,13 +34,13 @@ CALLBACKS = ("AdaptationCheckpoint", "CollapseGuard")
 LIMITS = {"AdaptationCheckpoint": 0.02, "CollapseGuard": 0.01}
 
 
-def shares(network: str, limit: int, folder: Path) -> dict[str, float]:
+def shares(network: str, corruptions: list[str], limit: int, folder: Path) -> dict[str, float]:
     """Adapt once, and return each callback's part of the time from the first batch to the last."""
     profiler, clock = SimpleProfiler(), Clock()
     stream = Stream(
         Digits("test"),
         scenario="continual",
-        corruptions=["gaussian_noise", "shot_noise", "contrast", "pixelate"],
+        corruptions=corruptions,
         severity=3,
         batch_size=50,
         limit=limit,
@@ -85,6 +85,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("network", help="a checkpoint of tta fit, or another model of digits")
     parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument(
+        "--corruptions",
+        nargs="+",
+        default=["gaussian_noise", "shot_noise", "zoom_blur", "pixelate"],
+        help="at severity 3; with contrast, predictions are suspicious and evidence is asked for",
+    )
     parser.add_argument("--limit", type=int, default=1000, help="images a corruption, of four")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -92,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as parent:
         # the first turn warms up
         turns = [
-            shares(options.network, options.limit, Path(parent, str(turn)))
+            shares(options.network, options.corruptions, options.limit, Path(parent, str(turn)))
             for turn in range(options.turns + 1)
         ][1:]
         newest = stored(Path(parent, str(options.turns)))[0]

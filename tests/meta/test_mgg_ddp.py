@@ -66,6 +66,7 @@ def test_one_process_makes_the_run_folder(ranks, folder):
     assert {path.relative_to(folder).as_posix() for path in files} == {
         "rank0.pt",
         "rank1.pt",
+        "mgtta/.lock",
         "mgtta/checkpoints/best.ckpt",
     }
 

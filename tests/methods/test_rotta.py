@@ -536,7 +536,7 @@ class TestLifeCycle:
         adapter.adapt_step(batches[0])
         weights, before = tensors_of(adapter), copy.deepcopy(adapter.get_extra_state())
         adapter.terms.append(lambda out, head: out.logits.sum() * torch.inf)
-        with pytest.warns(UserWarning, match="a loss or a gradient"):
+        with pytest.warns(UserWarning, match="a loss, a gradient or a step"):
             adapter.adapt_step(batches[1])
         assert (adapter.report.updated, adapter.report.finite) == (False, False)
         assert "not finite" in adapter.report.reason
@@ -558,7 +558,7 @@ class TestLifeCycle:
             return out.logits.sum() * (torch.nan if len(seen) == 2 else 0.0)
 
         adapter.terms.append(second_only)
-        with pytest.warns(UserWarning, match="a loss or a gradient"):
+        with pytest.warns(UserWarning, match="a loss, a gradient or a step"):
             adapter.adapt_step(coloured_squares(1)[0])
         assert len(seen) == 3
         assert (adapter.report.updated, adapter.report.finite) == (True, False)

@@ -212,7 +212,9 @@ class Probes:
         if not kept:
             return
         slots, rows = list(kept), list(kept.values())
-        self.images[slots] = images.detach()[rows].to(self.images)
+        taken = images.detach()
+        for slot, row in kept.items():  # few: faster than an indexed copy
+            self.images[slot].copy_(taken[row])
         grown = np.zeros(min(self.offered, self.size), np.int64)
         grown[: len(self.labels)] = self.labels
         grown[slots] = labels[rows]

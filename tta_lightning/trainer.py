@@ -299,7 +299,7 @@ def _room_on_disk() -> Iterator[None]:
         where = f" to {error.filename}" if error.filename else ""
         raise InputError(
             f"Nothing more can be written{where}: {error.strerror}. What was written before is as "
-            "it was. Make room, then resume the run from its folder."
+            "it was. Make room; a run that has predicted something goes on with resume_from."
         ) from error
 
 

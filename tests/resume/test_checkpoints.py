@@ -207,7 +207,8 @@ class TestWhen:
         "option", [{"every_n_batches": 0}, {"keep_last": 0}, {"keep_last": None}]
     )
     def test_a_number_below_one_is_refused(self, option):
-        with pytest.raises(InputError, match="expected a whole number from 1 on"):
+        ((name, value),) = option.items()
+        with pytest.raises(InputError, match=f"^{name} = {value}: expected a whole number from 1"):
             AdaptationCheckpoint(**option)
 
     def test_an_error_between_two_batches_writes_one(self, tmp_path):
@@ -408,6 +409,8 @@ class TestResuming:
                 resume_from=path_of(tmp_path / "run", 1),
             )
         assert stored(tmp_path / "run") == [path_of(tmp_path / "run", 1)]
+        # 17 were predicted; of the new ones, from the sixth on, 7: nothing of before is behind them
+        assert (tmp_path / "run" / "predictions.csv").read_bytes().count(b"\n") == 1 + 12
         resume(tmp_path / "run")
         assert same_end(whole, tmp_path / "run")
 

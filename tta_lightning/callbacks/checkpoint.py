@@ -55,8 +55,11 @@ class AdaptationCheckpoint(AdaptCallback):
         on_exception: bool = True,
         on_signal: bool = True,
     ) -> None:
-        for name, value in (("every_n_batches", every_n_batches or 1), ("keep_last", keep_last)):
-            if not isinstance(value, int) or value < 1 or every_n_batches == 0:
+        given = {"keep_last": keep_last}
+        if every_n_batches is not None:
+            given["every_n_batches"] = every_n_batches
+        for name, value in given.items():
+            if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} = {value}: expected a whole number from 1 on.")
         self.every_n_batches, self.keep_last = every_n_batches, keep_last
         self._on_segment, self._on_exception, self._on_signal = on_segment, on_exception, on_signal

@@ -569,3 +569,24 @@ def test_logging_is_quiet_when_all_is_well(caplog):
         classifier.predict(make_batches(1)[0])
         classifier.flush(10)
     assert not caplog.records
+
+
+@QUIET
+def test_a_method_that_ends_the_program_ends_no_learning_without_a_word():
+    """A thread that dies of it would leave a queue that nobody empties."""
+
+    class Exits(Tent):
+        exits = True
+
+        def loss(self, out, images):
+            if self.exits:
+                type(self).exits = False
+                raise SystemExit
+            return super().loss(out, images)
+
+    with OnlineClassifier(make_adapter(method=Exits), "background") as classifier:
+        for images in make_batches(2):
+            classifier.predict(images)
+            assert classifier.flush(20)
+        assert classifier.statistics.failed_updates == 1
+        assert classifier.statistics.updates == 1

@@ -6,7 +6,7 @@ RUNS ?= runs/demo
 ADAPTED := gn-source gn-tent gn-mgtta bn-source bn-bnstats bn-tent
 EPISODIC := mt3-source mt3-mt3
 
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup browser demo docs test test-all lint format bench clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,7 +20,12 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: setup  ## Train small models and a rule on digits, adapt through 15 corruptions, print the tables
+browser:  # Chromium, in which the pages are tested: by root on Debian and Ubuntu; elsewhere those tests skip
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  { test "$$(id -u)" = 0 && apt-get -qq update && apt-get -qq install --yes chromium >/dev/null; } || \
+	  echo "Chromium is missing: the tests of pages will be skipped"
+
+demo: setup  ## Train small models and a rule on digits, adapt through 15 corruptions, write the report
 	@test ! -e $(RUNS) || { echo "$(RUNS) exists and is never overwritten: make demo RUNS=another/folder"; exit 2; }
 	$(BIN)/tta fit -c configs/fit/digits_gn.yaml --trainer.run_dir $(RUNS)/gn
 	$(BIN)/tta fit -c configs/fit/digits_bn.yaml --trainer.run_dir $(RUNS)/bn
@@ -29,7 +34,9 @@ demo: setup  ## Train small models and a rule on digits, adapt through 15 corrup
 	$(BIN)/tta fit -c configs/fit/mt3_digits.yaml --model.network $(RUNS)/jt/checkpoints/last.ckpt --trainer.run_dir $(RUNS)/mt3
 	$(MAKE) --no-print-directory $(addprefix $(RUNS)/,$(ADAPTED) $(EPISODIC))
 	$(BIN)/tta compare $(addprefix $(RUNS)/,$(EPISODIC)) -o $(RUNS)/episodic
+	$(BIN)/tta report $(addprefix $(RUNS)/,$(EPISODIC)) -o $(RUNS)/episodic/report.html
 	$(BIN)/tta compare $(addprefix $(RUNS)/,$(ADAPTED)) -o $(RUNS)
+	$(BIN)/tta report $(addprefix $(RUNS)/,$(ADAPTED)) -o $(RUNS)/report.html
 
 # one run: the model before the dash, the configuration of the method after it
 $(RUNS)/gn-mgtta: RULE := --model.rule.checkpoint $(RUNS)/mgg/checkpoints/best.ckpt
@@ -45,10 +52,13 @@ $(RUNS)/mt3-%:
 	$(BIN)/tta adapt -c configs/adapt/$*.yaml -c configs/stream/digits.yaml --data.limit 100 \
 	  --model.network $(RUNS)/mt3/checkpoints/last.ckpt --trainer.run_dir $@
 
-test: setup  ## Run the tests
+docs: setup  ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test: setup browser  ## Run the tests
 	$(BIN)/pytest
 
-test-all: setup  ## Run the tests, those that take long too
+test-all: setup browser  ## Run the tests, those that take long too
 	TTA_FUZZ_EXAMPLES=2000 $(BIN)/pytest -m ""
 
 lint: setup  ## Check format, style and types
@@ -70,4 +80,4 @@ bench: setup  ## Time adapt against a bare loop, its memory on a long stream, an
 	$(BIN)/python benchmarks/method_cost.py
 
 clean:  ## Remove .venv and caches; runs stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build site .cache *.egg-info .pytest_cache .ruff_cache .mypy_cache

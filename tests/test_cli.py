@@ -482,27 +482,7 @@ def test_later_configurations_win_and_options_win_over_all(tta, tmp_path, order)
     assert stream["source"]["init_args"]["split"] == "test"  # of the file before
 
 
-# Help ---------------------------------------------------------------------------------------------
-
-
-def test_help_lists_the_verbs(tta, tmp_path):
-    outcome = tta(tmp_path, "--help")
-    assert outcome.code == 0
-    lines = [line.split() for line in outcome.out.splitlines()]
-    for verb in ("fit", "validate", "test", "adapt"):
-        assert any(words[:1] == [verb] for words in lines), verb
-    examples = [words[1] for words in lines if words[:1] == ["tta"]]
-    assert examples == ["fit", "adapt", "compare"]  # each on a line that can be copied
-
-
-def test_help_of_adapt_names_methods_and_options(tta, tmp_path):
-    outcome = tta(tmp_path, "adapt", "--help")
-    assert outcome.code == 0
-    for word in ("tta_lightning.methods.Tent", "Stream", "--trainer.run_dir", "--print_config"):
-        assert word in outcome.out
-    outcome = tta(tmp_path, "compare", "--help")
-    assert outcome.code == 0
-    assert "--force" in outcome.out
+# The process --------------------------------------------------------------------------------------
 
 
 def test_the_script_is_installed():

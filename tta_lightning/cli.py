@@ -1,14 +1,16 @@
-"""The command line: ``tta fit``, ``tta validate``, ``tta test``, ``tta adapt``, ``tta compare``."""
+"""The command line: ``tta fit, validate, test, adapt, compare, report, completion``."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import logging
 import sys
-from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import DefaultHelpFormatter, get_loader, set_loader
+from jsonargparse import DefaultHelpFormatter, capture_parser, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -18,22 +20,25 @@ from yaml import YAMLError
 
 from tta_lightning import __version__
 from tta_lightning.adapter import Adapter
-from tta_lightning.errors import InputError
-from tta_lightning.explain import explain, input_error_behind, safely
+from tta_lightning.errors import InputError, unknown_name
+from tta_lightning.explain import explain, input_error_behind, safely, unknown_option
 from tta_lightning.meta import MT3, SourceTraining
 from tta_lightning.models import describe
+from tta_lightning.report.command import report
 from tta_lightning.report.compare import Run, compare, summarise
 from tta_lightning.runs import run_folder, write_atomically
 from tta_lightning.trainer import Trainer
+from tta_lightning.usage import (
+    DESCRIPTION,
+    EXAMPLES,
+    SHELLS,
+    completion_script,
+    options_in,
+    short_help,
+)
 
 _LIBRARIES = ("tta_lightning", "lightning", "jsonargparse", "torch", "torchvision", "timm", "numpy")
 MOST_SEED = 2**32 - 1  # of numpy's global generator
-DESCRIPTION = """Train models to adapt, and adapt them online.
-
-  tta fit     -c configs/fit/digits_bn.yaml
-  tta adapt   -c configs/adapt/tent.yaml -c configs/stream/digits.yaml --model.network model.ckpt
-  tta compare runs/source runs/tent
-"""
 
 
 set_loader("yaml", safely(get_loader("yaml")), (YAMLError,))
@@ -53,15 +58,45 @@ class _SaveConfig(SaveConfigCallback):
             write_atomically(folder / self.config_filename, text)
 
 
-class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the lines of the description, so that commands can be copied from it."""
 
 
-class _Parser(LightningArgumentParser):
-    """Says what is wrong in a sentence, and takes no abbreviated options."""
+class _HelpAll(argparse.Action):
+    """Show every option and exit."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        nothing = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS, "nargs": 0}
+        super().__init__(option_strings, **{**kwargs, **nothing})
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        assert isinstance(parser, _Parser)
+        parser.short_options = ""
+        parser.print_help()
+        parser.exit()
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong in a sentence, takes no abbreviated options, and has two helps.
+
+    Args:
+        args: As in the base class.
+        short_options: The options that ``--help`` shows below the description; if empty, it shows
+            all.
+        kwargs: As in the base class.
+    """
+
+    def __init__(self, *args: Any, short_options: str = "", **kwargs: Any) -> None:
+        chosen = {"allow_abbrev": False, "formatter_class": _HelpFormatter, **kwargs}
+        super().__init__(*args, **chosen)
+        self.short_options = short_options
+
+    def format_help(self, *args: Any) -> str:
+        """Begin with what one would type: there is no line that lists every option."""
+        if self.short_options:
+            return f"{self.description}\n{self.short_options}"
+        self.usage = argparse.SUPPRESS
+        return super().format_help(*args)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise input_error_behind(ex) or InputError(explain(message, self))
@@ -79,6 +114,10 @@ class TTACLI(LightningCLI):
             "test": {"model", "dataloaders", "datamodule"},
             "adapt": {"model", "dataloaders", "datamodule"},
         }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add an option to every verb: the help is short without it."""
+        parser.add_argument("--help_all", action=_HelpAll, help="show every option and exit")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse arguments, given here or those of the process."""
@@ -153,8 +192,8 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     _hide_advertisements()
     try:
-        if arguments[:1] == ["compare"]:
-            return compare(arguments[1:])
+        if arguments and arguments[0] in PLAIN:
+            return _run_plain(arguments[0], arguments[1:])
         TTACLI(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -166,8 +205,12 @@ def main(args: Sequence[str] | None = None) -> int:
             parser_class=_Parser,
             parser_kwargs={
                 "description": DESCRIPTION,
-                "formatter_class": _HelpFormatter,
+                "short_options": short_help(None),
                 "version": __version__,
+                **{
+                    verb: {"description": EXAMPLES[verb], "short_options": short_help(verb)}
+                    for verb in TTACLI.subcommands()
+                },
             },
             auto_configure_optimizers=False,
             args=arguments,
@@ -182,6 +225,61 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {_without_worker(known)}\n")
         return 2
     return 0
+
+
+def completion(arguments: Sequence[str]) -> int:
+    """Run ``tta completion``: print the script that completes commands in a shell.
+
+    Args:
+        arguments: What follows ``tta completion``.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        InputError: The shell is unknown, or the package shtab is missing.
+    """
+    parser = argparse.ArgumentParser("tta completion")
+    parser.add_argument("shell", metavar="SHELL", help=", ".join(SHELLS))
+    shell = parser.parse_args(list(arguments)).shell
+    if shell not in SHELLS:
+        raise unknown_name("shell", shell, SHELLS)
+    (verbs,) = (
+        action.choices
+        for action in capture_parser(main, ())._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    sys.stdout.write(completion_script(shell, verbs, {verb: _help_of(verb) for verb in PLAIN}))
+    return 0
+
+
+# The verbs that parse their arguments themselves.
+PLAIN: dict[str, Callable[[Sequence[str]], int]] = {
+    "compare": compare,
+    "report": report,
+    "completion": completion,
+}
+
+
+def _run_plain(verb: str, arguments: Sequence[str]) -> int:
+    """Run a verb that parses its arguments itself; an option that it does not have ends here."""
+    text = _help_of(verb)
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(f"{EXAMPLES[verb]}\n{text}")
+        return 0
+    known = options_in(text)
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--")
+        if argument.startswith("--") and name not in known:
+            raise InputError(unknown_option(name, known))
+    return PLAIN[verb](arguments)
+
+
+def _help_of(verb: str) -> str:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        PLAIN[verb](["--help"])
+    return text.getvalue()
 
 
 def _is_of_a_library(error: Exception) -> bool:

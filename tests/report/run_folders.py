@@ -1,7 +1,10 @@
-"""Folders of runs, written by hand: what ``tta adapt`` leaves of them for ``tta compare``."""
+"""Folders of runs, written by hand: what ``tta adapt`` leaves for compare and report."""
 
+import csv
 import json
 from pathlib import Path
+
+from tta_lightning.callbacks.predictions import COLUMNS
 
 PLAN = "1f" * 32
 SUBSET = "2e" * 32
@@ -72,8 +75,8 @@ def put_run(
     """
     folder.mkdir(parents=True)
     values = {
-        "method": {"name": method},
-        "model": {"weights_sha256": "4c" * 32},
+        "method": {"name": method} if isinstance(method, str) else method,
+        "model": {"name": "models.Net", "weights_sha256": "4c" * 32},
         "stream": stream() if served is None else served,
         "precision": "32-true",
         **manifest,
@@ -84,3 +87,73 @@ def put_run(
     (folder / "manifest.json").write_text(json.dumps(values))
     (folder / "metrics.json").write_text(json.dumps(measured))
     return folder
+
+
+def put_predictions(folder: Path, rows) -> Path:
+    """Write ``predictions.csv``.
+
+    Args:
+        folder: Of a run.
+        rows: For each image its segment, label (None where unknown), prediction and, where it is
+            not 0.9, confidence.
+
+    Returns:
+        The folder.
+    """
+    with (folder / "predictions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for number, (segment, label, prediction, *rest) in enumerate(rows):
+            corruption, _, severity = segment.partition(" ")[0].rpartition("-")
+            confidence = rest[0] if rest else 0.9
+            given = "" if label is None else label
+            image = [number, f"{number}.png", segment, corruption, severity, given]
+            writer.writerow([*image, prediction, f"{confidence:.6f}", "0.500000", 1])
+    return folder
+
+
+def put_whole_run(folder: Path, method, rows, *, batch=10, served=None, cost=None, **manifest):
+    """Write the folder of a run whose figures follow from its predictions.
+
+    Args:
+        folder: Where to.
+        method: Name of the method, or what the manifest says of it.
+        rows: As of :func:`put_predictions`.
+        batch: Images a batch.
+        served: The stream's part of the manifest.
+        cost: What CostMonitor measured.
+        manifest: Other fields of the manifest that differ from the usual.
+
+    Returns:
+        The folder.
+    """
+    segments = list(dict.fromkeys(row[0] for row in rows))
+    entries, starts, images, correct = [], [], [], []
+    for segment in segments:
+        own = [row for row in rows if row[0] == segment]
+        labelled = own[0][1] is not None
+        right = [label == prediction for _, label, prediction, *_ in own]
+        starts.append({"segment": segment, "batch": len(images)})
+        for place in range(0, len(own), batch):
+            images.append(len(own[place : place + batch]))
+            correct.append(sum(right[place : place + batch]))
+        accuracy = sum(right) / len(own) if labelled else None
+        entries.append(
+            {
+                **{"segment": segment, "images": len(own), "accuracy": accuracy},
+                **{"error": None if accuracy is None else 1 - accuracy, "nll": None, "ece": None},
+                **{"entropy": 0.5, "confidence": 0.9},
+            }
+        )
+    overall = {"images": len(rows), "nll": None, "ece": None, "entropy": 0.5}
+    curve = {
+        "segments": starts,
+        "images": images,
+        "correct": correct if rows[0][1] is not None else None,
+        "entropy": [0.5] * len(images),
+    }
+    measured = metrics({}, overall=overall, segments=entries, curve=curve, batches=len(images))
+    if cost is not None:
+        measured["cost"] = cost
+    put_run(folder, method, served=served, measured=measured, **manifest)
+    return put_predictions(folder, rows)

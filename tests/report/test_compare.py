@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import read_csv
 from tests.report.run_folders import PLAN, SUBSET, metrics, put_run, stream
 from tta_lightning.errors import InputError
-from tta_lightning.report import plots
+from tta_lightning.report import pictures
 from tta_lightning.report.compare import Run, compare, differences, summarise
 
 
@@ -88,7 +88,7 @@ def test_brackets_in_a_name_are_no_markup(table, tmp_path):
 
 def test_folders_of_one_name_are_told_apart_by_their_path(table, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "draw_curves", lambda runs: drawn.extend(runs) or b"")
+    monkeypatch.setattr(pictures, "draw_curves", lambda runs, names: drawn.extend(names) or b"")
     folders = [
         put_run(tmp_path / path, accuracies={"fog-5": n / 10})
         for n, path in enumerate(("a/one/tent", "b/one/tent", "b/two/tent", "b/source"))

@@ -22,6 +22,7 @@ from tta_lightning.callbacks.base import AdaptCallback
 from tta_lightning.describe import plain
 from tta_lightning.errors import InputError
 from tta_lightning.models.classifier import describe, weights_hash
+from tta_lightning.report.run import Run
 from tta_lightning.runs import run_folder, write_atomically, write_json
 
 PACKAGES = ("tta_lightning", "torch", "torchvision", "lightning", "torchmetrics", "timm", "numpy")
@@ -220,9 +221,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _draw(folder: Path, results: dict[str, Any]) -> None:
-    from tta_lightning.report.plots import draw_curves  # matplotlib takes a second to import
+    from tta_lightning.report.pictures import draw_curves  # takes two seconds to import
 
-    write_atomically(folder / "curves.png", draw_curves({folder.name: results}))
+    write_atomically(folder / "curves.png", draw_curves([Run(folder, {}, results)]))
 
 
 def _device_name(device: torch.device) -> str:

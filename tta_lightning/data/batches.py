@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from tta_lightning.data.corruptions import corrupt
 from tta_lightning.data.datasets import BadImageError, ImageSource
 from tta_lightning.data.geometry import Geometry, ImageSizeError
-from tta_lightning.data.plan import Plan
+from tta_lightning.data.plan import Domain, Plan
 from tta_lightning.errors import InputError
 
 
@@ -60,19 +60,29 @@ class PlanDataset(Dataset[Sample]):
         index, domain = int(self.plan.samples[position]), self.plan.domain(position)
         label = int(self.source.labels[index])
         try:
-            if self.source.domains is not None:
-                stored = self.source.load(index, domain.corruption, domain.severity)
-                return Sample(self.geometry(stored), label, position, "")
-            image = self.geometry(self.source.load(index))
+            return Sample(self.image(index, domain), label, position, "")
         except ImageSizeError as error:
             path = self.source.path(index, domain.corruption, domain.severity)
             return Sample(None, label, position, f"Cannot use the image {path!r}: {error}")
         except BadImageError as error:
             return Sample(None, label, position, str(error))
-        image = corrupt(
-            image, domain.corruption, domain.severity, index=index, seed=self.seed, table=self.table
+
+    def image(self, index: int, domain: Domain) -> NDArray[np.uint8]:
+        """Return an image of the source ``[H, W, 3]`` as the stream shows it in a domain.
+
+        Raises:
+            BadImageError: It cannot be read or used.
+        """
+        if self.source.domains is not None:
+            return self.geometry(self.source.load(index, domain.corruption, domain.severity))
+        return corrupt(
+            self.geometry(self.source.load(index)),
+            domain.corruption,
+            domain.severity,
+            index=index,
+            seed=self.seed,
+            table=self.table,
         )
-        return Sample(image, label, position, "")
 
 
 class PlanBatches(Sampler[list[int]]):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -149,15 +150,27 @@ class Stream(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Serve the plan."""
-        dataset = PlanDataset(self.source, self.plan, self.geometry, self.table, self.seed)
         return DataLoader(
-            dataset,
+            self._dataset(),
             batch_sampler=PlanBatches(self.plan, self.served_batch_size, self.start),
             num_workers=self.num_workers,
             worker_init_fn=_outlive_sigterm,
             collate_fn=collate,
             persistent_workers=False,
         )
+
+    def image(self, index: int, corruption: str = CLEAN, severity: int = 0) -> NDArray[np.uint8]:
+        """Return one image ``[H, W, 3]`` as the stream shows it: resized, cropped, corrupted.
+
+        Args:
+            index: Of the image in its source.
+            corruption: Name of the corruption.
+            severity: 1 to 5; 0 for the clean image.
+
+        Raises:
+            InputError: The image cannot be read or used.
+        """
+        return self._dataset().image(index, Domain(corruption, severity))
 
     def clean_batches(self) -> Iterator[Tensor]:
         """Yield the clean images in batches ``[B, 3, H, W]``, in the geometry of the stream.
@@ -191,6 +204,9 @@ class Stream(LightningDataModule):
             "plan_sha256": self.plan.digest,
             "subset_sha256": self.plan.subset_digest,
         }
+
+    def _dataset(self) -> PlanDataset:
+        return PlanDataset(self.source, self.plan, self.geometry, self.table, self.seed)
 
     def _settings(self) -> dict[str, Any]:
         """Describe how the plan is served; what it leaves as it always is goes unsaid."""

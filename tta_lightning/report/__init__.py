@@ -1,1 +1,5 @@
-"""What a person looks at after a run: tables and curves."""
+"""What a person looks at after a run: frames, figures, tables and the page."""
+
+from tta_lightning.report.run import Run
+
+__all__ = ["Run"]

@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tta_lightning.errors import InputError
-from tta_lightning.report.run import Run, differences, is_hash, labels
+from tta_lightning.report.protocol import differences, is_hash, source_of
+from tta_lightning.report.run import Run, labels
 from tta_lightning.runs import write_atomically
 
 __all__ = ["Run", "build_tables", "compare", "differences", "summarise"]
@@ -55,7 +56,7 @@ def build_tables(runs: Sequence[Run], width: int | None = None) -> list[Table]:
         Rich tables of accuracies in percent: one, or several if all runs are wider than ``width``.
     """
     columns = [
-        Column(label, run, _baseline(run, runs))
+        Column(label, run, source_of(run, runs))
         for label, run in zip(labels(runs), runs, strict=True)
     ]
     sections, what = _sections(runs)
@@ -75,8 +76,8 @@ def table_width(table: Table) -> int:
 
 def summarise(run: Run) -> str:
     """Say in two lines how a run went and where its results are."""
-    overall, accuracies = run.metrics["overall"], run.accuracies
-    images, batches = overall["images"], run.metrics["batches"]
+    overall, accuracies = run.results["overall"], run.accuracies
+    images, batches = overall["images"], run.results["batches"]
     words = [f"{_count(images, 'image')} in {_count(batches, 'batch', 'batches')}"]
     mean = run.mean(accuracies)
     if mean is not None:
@@ -85,7 +86,7 @@ def summarise(run: Run) -> str:
     words += [f"{name} {overall[name]:.3f}" for name in ("nll", "ece") if overall[name] is not None]
     if overall["entropy"] is not None:
         words.append(f"entropy {overall['entropy']:.3f} nats")
-    left_out, nonfinite = run.metrics["bad_images"]["count"], run.metrics["nonfinite_batches"]
+    left_out, nonfinite = run.results["bad_images"]["count"], run.results["nonfinite_batches"]
     if left_out:
         words.append(f"{_count(left_out, 'image')} left out")
     if nonfinite:
@@ -142,25 +143,17 @@ def compare(arguments: Sequence[str]) -> int:
 
 
 def _write(folder: Path, runs: Sequence[Run]) -> None:
-    from tta_lightning.report.plots import draw_curves  # matplotlib takes a second to import
+    from tta_lightning.report.pictures import draw_curves  # takes two seconds to import
 
     names = labels(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {name: run.metrics for name, run in zip(names, runs, strict=True)}
-    write_atomically(folder / "curves.png", draw_curves(figures))
+    write_atomically(folder / "curves.png", draw_curves(runs, names))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["segment", *names])
     for row in (*_visits(runs), _mean(runs)):
         writer.writerow([row.label, *(run.mean(row.segments) for run in runs)])
     write_atomically(folder / "table.csv", text.getvalue())
-
-
-def _baseline(run: Run, runs: Sequence[Run]) -> Run | None:
-    if run.is_source:
-        return None
-    sources = (other for other in runs if other.is_source and other.model == run.model)
-    return next((source for source in sources if not differences([run, source])), None)
 
 
 # Rows ---------------------------------------------------------------------------------------------

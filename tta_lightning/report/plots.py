@@ -1,145 +1,363 @@
-"""Figures of runs, as PNG."""
+"""Figures of frames: for the page, for notebooks and for papers.
+
+Each function takes a frame of :mod:`tta_lightning.report.frames` and returns an Altair chart, which
+a notebook shows, and :mod:`tta_lightning.report.pictures` writes to files.
+Colours are Okabe and Ito's, and two of Paul Tol's, which colour-blind readers can tell apart; where
+there are more names, lines differ in their dashes, too.
+"""
 
 from __future__ import annotations
 
-import io
-import itertools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
+import altair as alt
+import pandas as pd
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# More runs than colours: lines and bars of the next ones differ in these
-LINES, HATCHES = ("-", "--", ":"), ("", "////", "....")
-MOST_TICKS = 30  # more labels than that run into each other
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#882255", "#999933", "#7F7F7F"),
+)
+GAIN, LOSS = COLOURS[0], COLOURS[1]
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])  # for more names than there are colours
 MOST_EDGES = 60  # more lines between segments than that hide the curves
+MOST_NAMED = 20  # more names of segments than that run into each other
+MOST_CLASSES = 40  # more bars than that are no picture
+LEAST_IN_BIN = 10  # the accuracy of fewer images is noise
+WIDTH = 760  # px
+PERCENT = ".0%"
+CONFIG = {
+    "font": "system-ui, sans-serif",
+    "view": {"strokeWidth": 0},
+    "axis": {"gridOpacity": 0.35, "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": 400},
+    "legend": {"columns": 4, "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": 400},
+}
+"""How figures look in files and on the page; the Altair theme ``tta_lightning`` for notebooks."""
 
 
-def draw_curves(runs: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Draw how runs go along their stream.
+@alt.theme.register("tta_lightning", enable=False)
+def _theme() -> alt.theme.ThemeConfig:
+    return {"config": CONFIG}  # type: ignore[typeddict-item]
 
-    The upper panel shows the running accuracy within each segment (mean entropy where the stream
-    has no labels), the lower one the accuracy of each segment: as bars, or as a line where there
-    are more than 60.
+
+# Figures ------------------------------------------------------------------------------------------
+
+
+def running_accuracy(frame: pd.DataFrame, names: Sequence[str] | None = None) -> alt.LayerChart:
+    """Draw the accuracy within each segment from its first image on, along the stream.
 
     Args:
-        runs: Name of the run to what its ``metrics.json`` holds.
+        frame: What :func:`frames.curves` returns. Without labels the entropy is drawn.
+        names: All names that the reader meets, in their order, so that each has its colour in
+            every figure; None for those of the frame.
 
     Returns:
-        A PNG.
+        A line a name, a band of one standard deviation where there are repetitions, and the ends
+        of the segments.
     """
-    labelled = all(results["curve"]["correct"] is not None for results in runs.values())
-    figure = Figure(figsize=(11, 6.5), dpi=120, layout="constrained")
-    curves, wholes = figure.subplots(2, 1)
-    for number, (name, results) in enumerate(runs.items()):
-        _draw_running(curves, results["curve"], labelled, name, number)
-    _label_curves(curves, [results["curve"] for results in runs.values()], labelled)
-    _draw_wholes(wholes, [results["segments"] for results in runs.values()], labelled)
-    if labelled:
-        curves.set_ylim(0, 102)
-        wholes.set_ylim(0, 102)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _starts(curve: Mapping[str, Any]) -> list[int]:
-    return [int(segment["batch"]) for segment in curve["segments"]]
-
-
-def _running(values: NDArray[np.float64], images: NDArray[np.int64]) -> NDArray[np.float64]:
-    known = np.isfinite(values)  # a batch of NaN has no entropy
-    seen = np.maximum(np.cumsum(images * known), 1)
-    result: NDArray[np.float64] = np.cumsum(np.where(known, values, 0.0)) / seen
-    return result
-
-
-def _draw_running(
-    axes: Axes, curve: Mapping[str, Any], labelled: bool, name: str, number: int
-) -> None:
-    images = np.asarray(curve["images"])
-    values = (
-        np.asarray(curve["correct"]) if labelled else np.asarray(curve["entropy"], float) * images
+    labelled = bool(frame["running_accuracy"].notna().any())
+    figure, title, form = (
+        ("running_accuracy", "accuracy since the segment began", PERCENT)
+        if labelled
+        else ("running_entropy", "mean entropy since the segment began (nats)", ".2f")
     )
-    seen, scale = np.cumsum(images), 100 if labelled else 1
-    places, heights = [], []
-    for start, stop in itertools.pairwise([*_starts(curve), len(images)]):
-        places += [*seen[start:stop], np.nan]  # NaN breaks the line
-        heights += [*_running(values[start:stop], images[start:stop]) * scale, np.nan]
-    colour = COLOURS[number % len(COLOURS)]
-    style = _style(LINES, number)
-    axes.plot(places, heights, color=colour, linestyle=style, linewidth=1.4, label=_readable(name))
-    alone = _alone(np.asarray(heights))  # a line of one point is none
-    axes.plot(np.asarray(places)[alone], np.asarray(heights)[alone], ".", color=colour)
+    look = _look(frame, names)
+    picked = alt.selection_point(fields=["name"], bind="legend")
+    base = _chart(frame[["name", "segment", "visit", "seen", figure, "sd"]].dropna(subset=figure))
+    x = alt.X("seen:Q", title="images seen", scale=alt.Scale(nice=False))
+    y = alt.Y(f"{figure}:Q", title=title, axis=alt.Axis(format=form))
+    if labelled:
+        y = y.scale(domain=[0, 1], clamp=True)
+    shown = {
+        "x": x,
+        "y": y,
+        "detail": "visit:N",
+        "opacity": alt.when(picked).then(alt.value(1)).otherwise(alt.value(0.12)),
+        "tooltip": ["name:N", "segment:N", "seen:Q", alt.Tooltip(f"{figure}:Q", format=".3f")],
+    }
+    lines = base.mark_line(strokeWidth=1.6).encode(**shown, **look).add_params(picked)
+    alone = frame.groupby(["name", "visit"])["seen"].transform("size") == 1
+    layers: list[alt.Chart] = [*_segment_layers(frame), lines]
+    if alone.any():  # a line of one point is none
+        dots = _chart(frame[alone]).mark_point(filled=True, size=24)
+        layers.append(dots.encode(**shown, color=look["color"]))
+    if frame["sd"].notna().any():
+        low, high = f"datum.{figure} - datum.sd", f"datum.{figure} + datum.sd"
+        band = base.transform_calculate(low=low, high=high).mark_area(opacity=0.15)
+        band = band.encode(x=x, y="low:Q", y2="high:Q", detail="visit:N", color=look["color"])
+        layers.insert(-1, band)
+    return _finish(layers, f"Lines of the {title} against the number of images seen.", 300)
 
 
-def _alone(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Say of each value whether it is finite and its neighbours are not."""
-    finite = np.isfinite(np.pad(values, 1, constant_values=np.nan))
-    alone: NDArray[np.bool_] = finite[1:-1] & ~finite[:-2] & ~finite[2:]
-    return alone
+def segment_accuracy(frame: pd.DataFrame, names: Sequence[str] | None = None) -> alt.LayerChart:
+    """Draw the accuracy of each segment as a whole.
 
+    Args:
+        frame: What :func:`frames.segments` returns. Without labels the entropy is drawn.
+        names: As of :func:`running_accuracy`.
 
-def _draw_wholes(axes: Axes, runs: Sequence[Sequence[Mapping[str, Any]]], labelled: bool) -> None:
-    key, scale = ("accuracy", 100) if labelled else ("entropy", 1)
-    names = list(dict.fromkeys(segment["segment"] for run in runs for segment in run))
-    places, width = np.arange(len(names)), 0.8 / len(runs)
-    for number, run in enumerate(runs):
-        found = {segment["segment"]: segment[key] for segment in run}
-        heights = np.array([found.get(name) for name in names], float) * scale  # None is NaN
-        colour = COLOURS[number % len(COLOURS)]
-        if len(names) > MOST_EDGES:
-            axes.plot(places, heights, color=colour, linestyle=_style(LINES, number), linewidth=1)
-            continue
-        offset = (number - (len(runs) - 1) / 2) * width
-        hatch = _style(HATCHES, number)
-        axes.bar(
-            places + offset,
-            heights,
-            width,
-            color=colour,
-            hatch=hatch,
-            edgecolor="white",
-            linewidth=0,
+    Returns:
+        Bars side by side, or lines where there are more than 60 segments.
+    """
+    labelled = bool(frame["accuracy"].notna().any())
+    figure, title = ("accuracy", "accuracy") if labelled else ("entropy", "mean entropy (nats)")
+    order = list(dict.fromkeys(frame["segment"]))
+    few = len(order) <= MOST_EDGES
+    look = _look(frame, names, "square" if few else "stroke")
+    step = -(-len(order) // (2 * MOST_NAMED))
+    axis = alt.Axis(labelAngle=-40, values=order[::step], labelLimit=120)
+    x = alt.X("segment:N", sort=order, title=None, axis=axis)
+    y = alt.Y(f"{figure}:Q", title=title, axis=alt.Axis(format=PERCENT if labelled else ".2f"))
+    if labelled:
+        y = y.scale(domain=[0, 1])
+    tooltip = ["name:N", "segment:N", alt.Tooltip(f"{figure}:Q", format=".3f")]
+    base = _chart(frame[["name", "segment", figure]].dropna())
+    sort = look["color"].to_dict()["scale"]["domain"]
+    marks = (
+        base.mark_bar().encode(
+            x=x, y=y, xOffset=alt.XOffset("name:N", sort=sort), color=look["color"], tooltip=tooltip
         )
-    shown = slice(None, None, -(-len(names) // MOST_TICKS))
-    labels = [_readable(name) for name in names[shown]]
-    axes.set_xticks(places[shown], labels, rotation=35, ha="right", fontsize=8)
-    axes.set_ylabel("accuracy (%)" if labelled else "mean entropy (nats)")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.set_title("Each segment as a whole", loc="left", fontsize=10)
+        if few
+        else base.mark_line(strokeWidth=1.2).encode(x=x, y=y, tooltip=tooltip, **look)
+    )
+    return _finish([marks], f"The {title} of each segment, side by side.", 220)
 
 
-def _label_curves(axes: Axes, curves: Sequence[Mapping[str, Any]], labelled: bool) -> None:
-    ends = [_ends(curve) for curve in curves]
-    if len(ends[0]) < MOST_EDGES and all(end == ends[0] for end in ends):
-        for end in ends[0]:
-            axes.axvline(end, color="0.8", linewidth=0.8, zorder=0)
-    axes.set_xlabel("images seen")
-    axes.set_title("Within each segment, from its first image on", loc="left", fontsize=10)
-    axes.set_ylabel("running accuracy (%)" if labelled else "running mean entropy (nats)")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+def over_time(frame: pd.DataFrame) -> alt.VConcatChart:
+    """Draw which classes a run predicts as its stream goes on, and how sure it is.
+
+    Args:
+        frame: What :func:`frames.over_time` returns.
+
+    Returns:
+        :func:`prediction_histogram` above :func:`entropy_over_time`.
+    """
+    return prediction_histogram(frame) & entropy_over_time(frame)
 
 
-def _ends(curve: Mapping[str, Any]) -> list[int]:
-    """Return how many images were seen at the end of each segment but the last."""
-    seen = np.cumsum(curve["images"])
-    return [int(seen[start - 1]) for start in _starts(curve)[1:]]
+def prediction_histogram(frame: pd.DataFrame) -> alt.LayerChart:
+    """Draw the shares of the predicted classes as a heat map over time.
+
+    Args:
+        frame: What :func:`frames.over_time` returns.
+
+    Returns:
+        A row a class, a column a stretch of the stream.
+    """
+    classes = list(dict.fromkeys(frame["class"]))
+    base = _chart(frame.round({"share": 4}))
+    cells = base.mark_rect().encode(
+        x=_stretch("images seen"),
+        x2="stop:Q",
+        y=alt.Y("class:N", sort=classes, title="predicted class"),
+        color=alt.Color(
+            "share:Q",
+            scale=alt.Scale(scheme="cividis", domainMin=0),
+            legend=alt.Legend(format=PERCENT, title="share of the predictions", orient="bottom"),
+        ),
+        tooltip=["segment:N", "start:Q", "stop:Q", "class:N", alt.Tooltip("share:Q", format=".1%")],
+    )
+    text = "A heat map of the share of each predicted class along the stream."
+    return _finish([cells], text, max(90, 13 * len(classes)))
 
 
-def _readable(name: str) -> str:
-    """Have a name drawn as it is: no formula between dollars, no label hidden by an underscore."""
-    printable = "".join(letter if letter.isprintable() else "?" for letter in name)
-    escaped = printable.replace("$", r"\$")
-    return f" {escaped}" if escaped.startswith("_") else escaped
+def entropy_over_time(frame: pd.DataFrame) -> alt.LayerChart:
+    """Draw the mean entropy of each stretch of the stream.
+
+    Args:
+        frame: What :func:`frames.over_time` returns.
+
+    Returns:
+        A stepped line, with the ends of the segments.
+    """
+    columns = ["segment", "start", "stop", "entropy"]
+    stretches = frame[columns].drop_duplicates(subset="start").reset_index(drop=True)
+    line = (
+        _chart(stretches)
+        .mark_rule(strokeWidth=2, color=COLOURS[0])
+        .encode(
+            x=_stretch("images seen"),
+            x2="stop:Q",
+            y=alt.Y("entropy:Q", title="mean entropy (nats)", scale=alt.Scale(domainMin=0)),
+            tooltip=["segment:N", "start:Q", "stop:Q", alt.Tooltip("entropy:Q", format=".3f")],
+        )
+    )
+    ends = stretches.rename(columns={"stop": "seen"})
+    visit = (ends["segment"] != ends["segment"].shift()).cumsum()
+    layers = [*_segment_layers(ends.assign(name="", visit=visit)), line]
+    return _finish(layers, "Mean entropy of the predictions along the stream.", 110)
 
 
-def _style(styles: Sequence[str], number: int) -> str:
-    return styles[number // len(COLOURS) % len(styles)]
+def class_change(frame: pd.DataFrame) -> alt.LayerChart:
+    """Draw what each class gained or lost.
+
+    Args:
+        frame: What :func:`frames.per_class` returns.
+
+    Returns:
+        A bar a class, the change in percentage points against the source model (where that run
+        lacks, the figure of the run). Of more than 40 classes, those that lost and gained most.
+        Classes that are never predicted any more are named so.
+    """
+    known = bool(frame["change"].notna().any())
+    figure = "change" if known else "after"
+    rows = frame.dropna(subset=figure).sort_values(figure, kind="stable")
+    if len(rows) > MOST_CLASSES:
+        rows = pd.concat([rows.head(MOST_CLASSES // 2), rows.tail(MOST_CLASSES // 2)])
+    what = "accuracy" if rows["images"].any() else "share of the predictions"
+    rows = rows.assign(
+        note=["never predicted" if n == 0 else "" for n in rows["predicted"]],
+        gained=rows[figure] >= 0,
+    )
+    order = rows["class"].tolist()
+    y = alt.Y("class:N", sort=order, title="class")
+    title = f"change of the {what}" if known else what
+    form = "+.0%" if known else PERCENT
+    base = _chart(rows)
+    bars = base.mark_bar().encode(
+        x=alt.X(f"{figure}:Q", title=title, axis=alt.Axis(format=form, tickMinStep=0.01)),
+        y=y,
+        color=alt.condition("datum.gained", alt.value(GAIN), alt.value(LOSS)),
+        tooltip=[
+            "class:N",
+            "images:Q",
+            "predicted:Q",
+            alt.Tooltip("before:Q", format=".1%"),
+            alt.Tooltip("after:Q", format=".1%"),
+        ],
+    )
+    notes = base.mark_text(align="left", dx=4).encode(x=alt.datum(0), y=y, text="note:N")
+    text = f"A bar a class: the {title}."
+    return _finish([bars, notes], text, max(60, 15 * len(rows)))
+
+
+def reliability(frame: pd.DataFrame, names: Sequence[str] | None = None) -> alt.LayerChart:
+    """Draw how often predictions of a confidence are right.
+
+    Args:
+        frame: What :func:`frames.reliability` returns.
+        names: As of :func:`running_accuracy`.
+
+    Returns:
+        A line a name beside the diagonal of a calibrated model; below it a model is too sure. Bins
+        of fewer than 10 images are left out.
+    """
+    look = _look(frame, names)
+    ideal = _chart(pd.DataFrame({"confidence": [0, 1], "accuracy": [0, 1]}))
+    diagonal = ideal.mark_line(color="#7F7F7F", strokeWidth=1, strokeDash=[3, 3])
+    diagonal = diagonal.encode(x="confidence:Q", y="accuracy:Q")
+    axis = alt.Axis(format=PERCENT)
+    lines = _chart(frame[frame["images"] >= LEAST_IN_BIN].round(4))
+    lines = lines.mark_line(point=alt.OverlayMarkDef(size=28)).encode(
+        x=alt.X("confidence:Q", axis=axis, scale=alt.Scale(domain=[0, 1])),
+        y=alt.Y("accuracy:Q", axis=axis, scale=alt.Scale(domain=[0, 1])),
+        tooltip=[
+            "name:N",
+            alt.Tooltip("confidence:Q", format=".1%"),
+            alt.Tooltip("accuracy:Q", format=".1%"),
+            "images:Q",
+            alt.Tooltip("ece:Q", format=".3f"),
+        ],
+        **look,
+    )
+    return _finish([diagonal, lines], "Accuracy against confidence.", 300, 360)
+
+
+def cost(frame: pd.DataFrame, names: Sequence[str] | None = None) -> alt.LayerChart:
+    """Draw what each run is worth against what it costs.
+
+    Args:
+        frame: What :func:`frames.cost` returns.
+        names: As of :func:`running_accuracy`.
+
+    Returns:
+        A point a name: accuracy against milliseconds an image, the latter on a logarithmic scale.
+    """
+    known = frame.dropna(subset=["milliseconds", "accuracy"])
+    base = _chart(known).encode(
+        x=alt.X(
+            "milliseconds:Q",
+            title="milliseconds an image (without loading)",
+            scale=alt.Scale(type="log", nice=False, padding=70),
+        ),
+        y=alt.Y(
+            "accuracy:Q",
+            title="accuracy (mean over the corruptions)",
+            axis=alt.Axis(format=PERCENT),
+            scale=alt.Scale(zero=False, padding=16),
+        ),
+        tooltip=[
+            "name:N",
+            alt.Tooltip("accuracy:Q", format=".1%"),
+            alt.Tooltip("images_per_second:Q", format=",.0f"),
+            alt.Tooltip("forwards:Q", format=".2f"),
+            alt.Tooltip("backwards:Q", format=".2f"),
+            alt.Tooltip("memory:Q", format=".3s"),
+        ],
+    )
+    colour = _look(frame, names)["color"].legend(None)
+    points = base.mark_point(filled=True, size=90, opacity=1).encode(color=colour)
+    texts = base.mark_text(align="left", dx=9, dy=-3).encode(text="name:N")
+    return _finish([points, texts], "Accuracy against milliseconds an image.", 300)
+
+
+# Parts --------------------------------------------------------------------------------------------
+
+
+def _look(
+    frame: pd.DataFrame, names: Sequence[str] | None, symbol: str = "stroke"
+) -> dict[str, Any]:
+    """Give each name its colour and dashes; one legend for both."""
+    domain = list(dict.fromkeys(frame["name"] if names is None else names))
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(domain))]
+    dashes = [DASHES[i // len(COLOURS) % len(DASHES)] for i in range(len(domain))]
+    legend = alt.Legend(
+        title=None, orient="bottom", symbolType=symbol, symbolStrokeWidth=3, labelLimit=260
+    )
+    return {
+        "color": alt.Color(
+            "name:N", scale=alt.Scale(domain=domain, range=colours), legend=legend, sort=None
+        ),
+        "strokeDash": alt.StrokeDash(
+            "name:N", scale=alt.Scale(domain=domain, range=dashes), legend=legend, sort=None
+        ),
+    }
+
+
+def _segment_layers(frame: pd.DataFrame) -> list[alt.Chart]:
+    """Draw the ends of the segments, if all names share them and they are few, and their names."""
+    ends = frame.groupby(["name", "visit"], sort=False)["seen"].max()
+    by_name = [tuple(part) for _, part in ends.groupby(level="name", sort=False)]
+    if len(by_name[0]) > MOST_EDGES or any(other != by_name[0] for other in by_name):
+        return []
+    first = frame[frame["name"] == frame["name"].iloc[0]]
+    segments = first.groupby("visit", sort=False)["segment"].first()
+    table = pd.DataFrame(
+        {"segment": segments.to_numpy(), "seen": by_name[0], "from": [0, *by_name[0][:-1]]}
+    )
+    rules = _chart(table.iloc[:-1]).mark_rule(color="#9a9a9a", strokeWidth=0.7, opacity=0.7)
+    layers = [rules.encode(x="seen:Q")]
+    if 1 < len(table) <= MOST_NAMED:
+        names = _chart(table).mark_text(
+            angle=325, align="left", baseline="middle", dx=3, dy=-4, fontSize=9
+        )
+        layers.append(names.encode(x="from:Q", y=alt.value(-4), text="segment:N"))
+    return layers
+
+
+def _stretch(title: str) -> alt.X:
+    return alt.X("start:Q", title=title, scale=alt.Scale(nice=False))
+
+
+def _chart(frame: pd.DataFrame) -> alt.Chart:
+    """Begin a chart with its rows inside, of which there may be more than Altair's own limit."""
+    rows = json.loads(frame.to_json(orient="records", double_precision=6))  # NaN becomes null
+    return alt.Chart(alt.InlineData(values=rows))
+
+
+def _finish(
+    layers: Sequence[alt.Chart], description: str, height: int, width: int = WIDTH
+) -> alt.LayerChart:
+    chart = alt.LayerChart(layer=list(layers))
+    return chart.properties(description=description, height=height, width=width)

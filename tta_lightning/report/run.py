@@ -1,49 +1,51 @@
-"""A finished run as it lies in its folder, and whether runs can be compared."""
+"""A finished run as it lies in its folder: as it was written, and as tidy frames."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tta_lightning.errors import InputError
 
-# What a plan says of a stream: where plans are equal, the manifests may differ in how they say it.
-_SAID_BY_PLAN = {
-    *("scenario", "scenario_options", "corruptions", "severity", "limit", "subset"),
-    *("domains", "resets", "window", "reset_each_batch", "subset_sha256"),
+if TYPE_CHECKING:  # half a second to import, which `tta --help` does not have
+    import pandas as pd
+
+_TYPES = {
+    **{"index": "int64", "path": "str", "segment": "str", "corruption": "str"},
+    **{"severity": "Int64", "label": "Int64", "prediction": "int64"},
+    **{"confidence": "float64", "entropy": "float64", "updated": "int8"},
 }
-# Clean images belong to the method. The others are what was asked for: what was done is in the
-# geometry, and in the number of images that the metrics have.
-_NO_PROTOCOL = {
-    *("clean", "clean_batch_size"),
-    *("image_size", "crop_pct", "on_bad_image", "images"),
-}
-_MOST_TELLING = (
-    *("scenario", "scenario_options", "window", "reset_each_batch", "batch_size", "seed"),
-    *("corruptions", "severity", "completed", "precision"),
-)
 
 
 @dataclass(frozen=True)
 class Run:
     """A finished run, read from its folder.
 
+    The frames are read when they are first asked for, and kept. One that is changed in place stays
+    changed: take a copy.
+
     Attributes:
         folder: The folder.
-        manifest: What ``manifest.json`` holds.
-        metrics: What ``metrics.json`` holds.
+        settings: What ``manifest.json`` holds, nested as it is.
+        results: What ``metrics.json`` holds, nested as it is.
     """
 
     folder: Path
-    manifest: dict[str, Any]
-    metrics: dict[str, Any]
+    settings: dict[str, Any]
+    results: dict[str, Any]
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
         """Read a run.
+
+        Args:
+            folder: Folder that ``tta adapt`` or ``Trainer.adapt`` wrote.
 
         Raises:
             InputError: The folder is missing or holds no finished run.
@@ -54,15 +56,118 @@ class Run:
             _read(Path(folder, "metrics.json")),
         )
 
+    # Frames --------------------------------------------------------------------------------------
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame:
+        """A row an image, in the order of the stream.
+
+        Columns: ``index`` of the image in its source, ``path``, ``segment``, ``corruption`` (empty
+        where the stream has no plan), ``severity`` and ``label`` (missing where unknown),
+        ``prediction`` (-1 where the logits are not finite), ``confidence`` (a fraction),
+        ``entropy`` (nats), ``updated`` (whether the model learnt from the image's batch),
+        ``correct`` (missing without a label), ``batch`` (from 0; missing where the run recorded
+        no batches).
+
+        Raises:
+            InputError: ``predictions.csv`` is missing or was changed.
+        """
+        import pandas as pd
+
+        path = self.folder / "predictions.csv"
+        try:
+            frame = pd.read_csv(path, dtype=_TYPES, keep_default_na=False, na_values=_EMPTY)
+            frame = frame[list(_TYPES)]
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be read: {error.strerror}. The run needs the callback "
+                "PredictionWriter, which is on by default."
+            ) from error
+        except (ValueError, KeyError) as error:  # of pandas: not a number, a column that lacks
+            raise InputError(
+                f"{path} is not as it was written: {error}. Run the adaptation again."
+            ) from error
+        frame["updated"] = frame["updated"].astype(bool)
+        frame["correct"] = (frame["prediction"] == frame["label"]).astype("boolean")
+        sizes = self.results.get("curve", {}).get("images", [])
+        known = sum(sizes) == len(frame)
+        batch = np.repeat(np.arange(len(sizes)), sizes) if known else pd.NA
+        frame["batch"] = pd.Series(batch, index=frame.index, dtype="Int64")
+        return frame
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """A row a segment, in the order of the stream.
+
+        Columns: ``segment``, ``images``, ``accuracy``, ``error``, ``nll`` (nats), ``ece``,
+        ``entropy`` (nats), ``confidence``. Fractions; missing where nothing was labelled or finite.
+        """
+        import pandas as pd
+
+        rows = self.results.get("segments", [])
+        frame = pd.DataFrame(rows, columns=_METRICS if not rows else None)
+        figures = [name for name in frame.columns if name not in ("segment", "images")]
+        return frame.astype(dict.fromkeys(figures, "float64"))
+
+    @cached_property
+    def curve(self) -> pd.DataFrame:
+        """A row a batch, in the order of the stream.
+
+        Columns: ``batch`` (from 0), ``segment``, ``images`` in the batch, ``seen`` (images up to
+        and with this batch), ``correct`` (a count; missing without labels), ``accuracy`` of the
+        batch, ``running_accuracy`` of the segment up to and with this batch, ``entropy`` (mean of
+        the batch, nats), ``running_entropy``.
+        """
+        import pandas as pd
+
+        curve = self.results.get("curve", {"segments": [], "images": [], "correct": None})
+        images = np.asarray(curve["images"], np.int64)
+        correct = np.asarray(curve["correct"] or [np.nan] * len(images), np.float64)
+        entropy = np.array(curve.get("entropy", []), np.float64)  # None becomes NaN
+        starts = [segment["batch"] for segment in curve["segments"]]
+        lengths = np.diff([*starts, len(images)])
+        visit = np.repeat(np.arange(len(starts)), lengths)
+        names = np.array([segment["segment"] for segment in curve["segments"]], dtype=object)
+        frame = pd.DataFrame(
+            {
+                "batch": np.arange(len(images)),
+                "segment": names[visit] if len(visit) else names,
+                "images": images,
+                "seen": images.cumsum(),
+                "correct": correct,
+                "accuracy": correct / images,
+            }
+        )
+        within = frame["images"].groupby(visit).cumsum()
+        frame["running_accuracy"] = frame["correct"].groupby(visit).cumsum() / within
+        frame["entropy"] = entropy
+        known = frame["images"] * np.isfinite(entropy)  # a batch of NaN has no entropy
+        total = (known * np.nan_to_num(entropy)).groupby(visit).cumsum()
+        frame["running_entropy"] = total / known.groupby(visit).cumsum()
+        return frame
+
+    @cached_property
+    def manifest(self) -> pd.DataFrame:
+        """A row a field of the manifest.
+
+        Columns: ``field`` (names joined by dots: ``stream.batch_size``), ``value`` (as it is in
+        ``manifest.json``; a list stays one value).
+        """
+        import pandas as pd
+
+        return pd.DataFrame(list(_fields(self.settings)), columns=["field", "value"], dtype=object)
+
+    # What it was ---------------------------------------------------------------------------------
+
     @property
     def model(self) -> str:
         """What identifies the source model: the hash of its weights."""
-        return str(self.manifest["model"]["weights_sha256"])
+        return str(self.settings["model"]["weights_sha256"])
 
     @property
     def method(self) -> str:
         """Name of the method."""
-        return str(self.manifest["method"]["name"])
+        return str(self.settings["method"]["name"])
 
     @property
     def is_source(self) -> bool:
@@ -72,13 +177,17 @@ class Run:
     @property
     def accuracies(self) -> dict[str, float | None]:
         """Accuracy of each segment in the order of the stream; None without labels."""
-        return {s["segment"]: s["accuracy"] for s in self.metrics["segments"]}
+        return {s["segment"]: s["accuracy"] for s in self.results["segments"]}
 
     def mean(self, segments: Iterable[str]) -> float | None:
         """Return the mean accuracy over those of the segments that it has; None if it has none."""
         own = self.accuracies
         known = [value for name in segments if (value := own.get(name)) is not None]
         return sum(known) / len(known) if known else None
+
+
+_EMPTY = {"severity": [""], "label": [""], "confidence": ["nan"], "entropy": ["nan"]}
+_METRICS = ["segment", "images", "accuracy", "error", "nll", "ece", "entropy", "confidence"]
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -95,29 +204,6 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return [_shortest(own, [*parts[:i], *parts[i + 1 :]]) for i, own in enumerate(parts)]
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Find where the protocols of runs differ: stream, precision, completeness.
-
-    Args:
-        runs: Runs.
-
-    Returns:
-        Name of the field to its value in each run, the most telling fields first and hashes last;
-        empty when the runs are comparable.
-    """
-    protocols = [_protocol(run) for run in runs]
-    plans = {protocol.get("stream.plan_sha256") for protocol in protocols}
-    said = _SAID_BY_PLAN if len(plans) == 1 and None not in plans else set()
-    fields = {field for protocol in protocols for field in protocol if _part(field) not in said}
-    values = {f: [protocol.get(f) for protocol in protocols] for f in sorted(fields, key=_rank)}
-    return {field: found for field, found in values.items() if any(v != found[0] for v in found)}
-
-
-def is_hash(field: str) -> bool:
-    """Whether a field of a protocol is a hash: it says that two things differ, and not in what."""
-    return field.endswith(("sha256", "digest"))
-
-
 def _shortest(own: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
     """Join as few of the last parts of a path as no other path ends with."""
     for count in range(1, len(own)):
@@ -126,42 +212,13 @@ def _shortest(own: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
     return str(Path(*own))
 
 
-def _protocol(run: Run) -> dict[str, Any]:
-    return {
-        **dict(_stream_fields(run.manifest["stream"] or {})),
-        "segments": list(run.accuracies),
-        "images": run.metrics["overall"]["images"],
-        "precision": run.manifest["precision"],
-        "completed": run.metrics["completed"],
-    }
-
-
-def _stream_fields(stream: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what a stream is, without where its images lie: their digest says which they are."""
-    for key, value in stream.items():
-        if key in _NO_PROTOCOL:
-            continue
-        if isinstance(value, dict):
-            known = value
-            if key == "geometry" and value.get("size") is None:
-                known = {"size": None}  # images stay as they are, whatever the crop would be
-            yield from ((f"stream.{key}.{k}", v) for k, v in known.items() if k != "root")
+def _fields(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested dicts by their dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _fields(value, f"{before}{name}.")
         else:
-            yield f"stream.{key}", value
-
-
-def _part(field: str) -> str:
-    """Return which part of the manifest's stream a field is of, else the field itself."""
-    return field.removeprefix("stream.").partition(".")[0]
-
-
-def _rank(field: str) -> tuple[int, str]:
-    """Order fields: the telling ones, the others by name, long lists, hashes."""
-    part = _part(field)
-    if part in _MOST_TELLING:
-        return _MOST_TELLING.index(part), field
-    late = 2 if is_hash(field) else 1 if part in ("domains", "resets", "segments") else 0
-    return len(_MOST_TELLING) + late, field
+            yield f"{before}{name}", value
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ SMALLER = {
     "fit": ["--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", "--data.limit=100"],
     "adapt": ["--data.limit=6"],
     "compare": [],
+    "report": [],
 }
 SMALL_TASKS = ["--data.tasks=1", "--trainer.max_steps=2"]
 SMALL_PRETRAINING = ["--data.images=40", "--data.batch_size=10", "--data.val_images=40"]
@@ -91,7 +92,8 @@ def test_commands(workplace, capsys):
             smaller = [*smaller, "--model.copies=2"]
         code = main([verb, *given, *smaller, *size])
         assert code == 0, (given, capsys.readouterr().err)
-    assert (workplace / "runs" / "curves.png").stat().st_size > 0
+    assert "tent" in (workplace / "runs" / "report.html").read_text()
+    assert "lame" in (workplace / "runs" / "correlated.html").read_text()
 
 
 def test_python(workplace):

@@ -1,5 +1,6 @@
 """The notebooks are text, and run from top to bottom in an empty folder, without a network."""
 
+import os
 import re
 import time
 from pathlib import Path
@@ -76,6 +77,8 @@ def test_is_text_without_outputs(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, networks, tmp_path, monkeypatch):
     monkeypatch.setenv("TTA_NOTEBOOK_NETWORKS", str(networks))
+    # On a busy machine two threads wait for each other for most of the time
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens

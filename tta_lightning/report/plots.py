@@ -31,6 +31,7 @@ CONFIG = {
     "font": "system-ui, sans-serif",
     "view": {"strokeWidth": 0},
     "axis": {"gridOpacity": 0.35, "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": 400},
+    "axisX": {"labelFlush": False},  # else the last label runs into the one before
     "legend": {"columns": 4, "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": 400},
 }
 """How figures look in files and on the page; the Altair theme ``tta_lightning`` for notebooks."""
@@ -154,7 +155,9 @@ def prediction_histogram(frame: pd.DataFrame) -> alt.LayerChart:
         color=alt.Color(
             "share:Q",
             scale=alt.Scale(scheme="cividis", domainMin=0),
-            legend=alt.Legend(format=PERCENT, title="share of the predictions", orient="bottom"),
+            legend=alt.Legend(
+                format=PERCENT, title="share of the predictions", orient="bottom", tickCount=4
+            ),
         ),
         tooltip=["segment:N", "start:Q", "stop:Q", "class:N", alt.Tooltip("share:Q", format=".1%")],
     )

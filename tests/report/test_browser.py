@@ -162,6 +162,16 @@ def test_text_of_the_figures_can_be_read_in_the_dark(browser, small):
     visit.page.close()
 
 
+def test_it_prints_dark_on_light(browser, small):
+    visit = Visit(browser, small, dark=True)
+    draw_all(visit.page)
+    visit.page.emulate_media(media="print")
+    ink = "getComputedStyle(document.body).color"
+    text = "getComputedStyle(document.querySelector('.chart svg.marks text')).fill"
+    assert visit.page.evaluate(ink) == visit.page.evaluate(text) == "rgb(27, 31, 36)"
+    visit.page.close()
+
+
 def test_a_link_to_a_run_opens_it(browser, small):
     page = browser.new_page()
     page.goto(f"{small.resolve().as_uri()}#run-2")

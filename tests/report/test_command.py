@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.report.run_folders import put_run, put_whole_run, stream
+from tests.report.run_folders import put_predictions, put_run, put_whole_run, stream
 from tta_lightning.cli import main
 from tta_lightning.report.command import find_runs
 
@@ -64,8 +64,8 @@ def test_a_folder_with_an_equals_sign_is_a_folder(runs):
 def test_figures_are_written_as_png_and_pdf(runs, capsys):
     assert main(["report", "seed0/Source", "seed0/Tent", "--figures", "figures"]) == 0
     files = {path.name for path in (runs / "figures").iterdir()}
-    stems = {"curves-running", "curves-segments", "run-1-classes-over-time", "run-1-entropy"}
-    stems |= {"run-1-class-change", "run-1-reliability"}
+    stems = {"curves-running", "curves-segments", "run-1-Tent-classes-over-time"}
+    stems |= {f"run-1-Tent-{kind}" for kind in ("entropy", "class-change", "reliability")}
     assert files == {f"{stem}.{form}" for stem in stems for form in ("png", "pdf")}
     with Image.open(runs / "figures" / "curves-running.png") as image:
         assert min(image.size) > 500
@@ -73,8 +73,39 @@ def test_figures_are_written_as_png_and_pdf(runs, capsys):
 
 
 def test_different_protocols_are_said(runs, capsys):
-    assert main(["report", "seed0/Tent", "seed1/Tent", "--no-images"]) == 0
-    assert "different protocols (stream.seed, stream.plan_sha256)" in capsys.readouterr().out
+    other = stream(batch_size=20, plan_sha256="0a" * 32)
+    put_whole_run(runs / "other", "Tent", ROWS, served=other)
+    assert main(["report", "seed0/Tent", "other", "--no-images"]) == 0
+    assert "different protocols (stream.batch_size)" in capsys.readouterr().out
+    assert main(["report", "seed0", "seed1", "--no-images"]) == 0
+    assert "protocols" not in capsys.readouterr().out
+
+
+def test_runs_are_in_the_order_of_their_numbers(runs):
+    for number in (10, 2, 1):
+        put_whole_run(runs / "many" / f"run{number}", f"M{number}", ROWS)
+    found, _ = find_runs(["many"])
+    assert [run.method for run in found] == ["M1", "M2", "M10"]
+
+
+def test_runs_that_are_not_finished_are_left_out_and_named(runs, capsys):
+    (put_run(runs / "seed0" / "begun") / "metrics.json").unlink()
+    found, _ = find_runs(["seed0"])
+    assert len(found) == 2
+    assert "left out, not finished: seed0/begun" in capsys.readouterr().err
+
+
+def test_a_pattern_may_be_a_folder_with_brackets(runs):
+    put_whole_run(runs / "all[1]", "Tent", ROWS)
+    found, names = find_runs(["a=all[1]"])
+    assert (len(found), names) == (1, ["a"])
+
+
+def test_the_name_of_a_folder_need_not_be_utf8(runs):
+    name = b"t\xff".decode(errors="surrogateescape")
+    put_whole_run(runs / name, "Tent", ROWS)
+    assert main(["report", name, "--figures", "figures"]) == 0
+    assert "t\\xff" in (runs / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -87,16 +118,23 @@ def test_different_protocols_are_said(runs, capsys):
         (["bare"], r"bare/predictions\.csv cannot be read.*PredictionWriter"),
         (["seed0", "-o", "file/report.html"], "file/report.html cannot be written"),
         (["seed0", "--figures", "file"], "file cannot be written to"),
+        (["a="], "a=: expected NAME=PATTERN"),
+        (["=seed0/Tent"], "=seed0/Tent: expected NAME=PATTERN"),
+        (["a=seed0/*"], r"a= matches runs of different methods \(Source, Tent\)"),
+        (["list"], r"list/metrics\.json is not of a run: it has no completed"),
+        (["none"], "none: the run predicted nothing"),
     ],
 )
 def test_what_is_wrong_is_said(runs, capsys, arguments, message):
     (runs / "empty").mkdir()
     (runs / "file").write_text("")
     put_run(runs / "bare")
+    (put_run(runs / "list") / "metrics.json").write_text("[1]")
+    put_predictions(put_run(runs / "none"), [])
     assert main(["report", *arguments]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
-    assert not list(runs.glob("*.html"))[1:]
+    assert bool(list(runs.glob("*.html"))) == ("--figures" in arguments)
 
 
 # Real runs ----------------------------------------------------------------------------------------
@@ -122,14 +160,20 @@ ADAPT = [
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-def test_images_of_a_real_run_are_those_that_the_model_saw(folder, capsys):
+def test_images_of_a_real_run_are_those_that_the_model_saw(folder, monkeypatch):
     assert main([*ADAPT, "--trainer.run_dir", "runs/tent"]) == 0
     assert main(["report", "runs/tent"]) == 0
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 8  # four of a kind
+    monkeypatch.chdir(folder / "runs")
+    assert main(["report", "tent"]) == 0
+    page = (folder / "runs" / "report.html").read_text()
+    assert "they cannot be had (&#39;images&#39; does not exist" in page
+    assert "Relative paths are taken from the folder that one stands in" in page
+    monkeypatch.chdir(folder)
     (folder / "images" / "3.png").unlink()
     assert main(["report", "runs/tent"]) == 0
-    assert "No images are shown" in (folder / "report.html").read_text()
+    assert "they have changed since" in (folder / "report.html").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")

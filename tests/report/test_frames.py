@@ -7,7 +7,7 @@ from tests.report.run_folders import put_whole_run, stream
 from tta_lightning.errors import InputError
 from tta_lightning.report import Run, frames
 from tta_lightning.report.collapses import collapses
-from tta_lightning.report.groups import group
+from tta_lightning.report.groups import group, unlike
 
 
 def rows(**right):
@@ -63,6 +63,15 @@ def test_summary_is_mean_and_deviation_over_seeds(runs):
     mean = frame.loc[("Tent", "mean")]
     assert mean["accuracy_sd"] == pytest.approx(np.std([0.6, 0.4], ddof=1))
     assert frame.loc[("Tent", "snow-5"), "accuracy_sd"] == 0
+
+
+def test_a_gain_is_that_of_all_seeds_or_none(runs):
+    frame = frames.summary(frames.accuracies([runs[0], runs[2]]))
+    assert frame["gain"].notna().any()
+    names = ["Source", "Tent", "Tent"]
+    some = frames.summary(frames.accuracies([runs[0], runs[1], runs[3]], names))
+    assert some["gain"].isna().all()
+    assert some.loc[some["name"] == "Tent", "accuracy"].notna().all()
 
 
 def test_one_run_has_no_deviation(runs):
@@ -150,6 +159,17 @@ def test_over_time_of_more_segments_than_bins(tmp_path):
     run = Run.load(put_whole_run(tmp_path / "tent", "Tent", many))
     first = frames.over_time(run, bins=10).drop_duplicates("start")
     assert first["start"].tolist() == list(range(0, 200, 20))
+
+
+def test_over_time_has_stretches_of_ten_images_or_more(tmp_path):
+    run = Run.load(put_whole_run(tmp_path / "tent", "Tent", [("fog-5", 0, 0)] * 35))
+    first = frames.over_time(run).drop_duplicates("start")
+    assert (first["stop"] - first["start"]).min() >= 10
+
+
+def test_over_time_without_a_finite_prediction_is_empty(tmp_path):
+    run = Run.load(put_whole_run(tmp_path / "tent", "Tent", [("fog-5", 0, -1)] * 35))
+    assert frames.over_time(run).empty
 
 
 def test_over_time_puts_rare_classes_together(tmp_path):
@@ -240,7 +260,7 @@ def test_a_run_that_ends_in_one_class_collapsed(tmp_path, sound):
     rows_of = many(lambda n: n % 10 if n < 100 else 3)
     run = Run.load(put_whole_run(tmp_path / "tent", "Tent", rows_of))
     assert collapses(run, sound) == ["fog-5"]
-    assert collapses(run, None) == ["fog-5"]  # by the labels
+    assert collapses(run, None) == ["fog-5"]  # by its own first half
     frame = frames.accuracies([sound, run]).set_index(["name", "domain"])
     assert frame.loc[("tent", "fog-5"), "collapsed"]
     assert frame.loc[("tent", "mean"), "collapsed"]
@@ -269,10 +289,18 @@ def test_few_classes_that_are_right_are_no_collapse(tmp_path):
 
 
 def test_too_few_images_say_nothing(tmp_path):
-    run = Run.load(put_whole_run(tmp_path / "tent", "Tent", many(lambda n: 3, count=98)))
+    def ends(n):
+        return n % 10 if n < 49 else 3
+
+    run = Run.load(put_whole_run(tmp_path / "tent", "Tent", many(ends, count=98)))
     assert collapses(run, None) == []
-    more = Run.load(put_whole_run(tmp_path / "more", "Tent", many(lambda n: 3, count=99)))
+    more = Run.load(put_whole_run(tmp_path / "more", "Tent", many(ends, count=99)))
     assert collapses(more, None) == ["fog-5"]
+
+
+def test_a_model_that_is_weak_from_the_start_did_not_collapse(tmp_path):
+    run = Run.load(put_whole_run(tmp_path / "tent", "Tent", many(lambda n: 3)))
+    assert collapses(run, None) == []
 
 
 def test_what_the_guard_found_counts(tmp_path, sound):
@@ -289,6 +317,25 @@ def test_runs_and_names_must_be_as_many(runs):
         frames.accuracies(runs, ["one"])
     with pytest.raises(InputError, match="no runs"):
         frames.accuracies([])
+
+
+def test_seeds_are_compared_with_their_like(runs, tmp_path):
+    assert unlike(runs, group(runs)) == []
+    assert "stream.seed" in unlike(runs[:3], group(runs[:3]))  # Tent lacks a seed
+    served = stream(batch_size=7, **{k: seeded(1)[k] for k in ("seed", "plan_sha256")})
+    other = Run.load(put_whole_run(tmp_path / "Tent_x", "Tent", rows(fog_5=1), served=served))
+    assert "stream.batch_size" in unlike([*runs[:3], other], ["s", "s", "t", "t"])
+
+
+def test_where_images_lie_and_the_order_of_domains_make_no_other_setting(tmp_path):
+    def put(number, **changed):
+        served = stream(seed=number, **changed)
+        folder = tmp_path / f"tent_{number}"
+        return Run.load(put_whole_run(folder, "Tent", rows(fog_5=5), served=served))
+
+    elsewhere = {**stream()["source"], "root": "there"}
+    found = [put(0), put(1, domains=["snow-5", "fog-5"]), put(2, source=elsewhere)]
+    assert group(found) == ["tent"] * 3
 
 
 @pytest.mark.parametrize(

@@ -105,11 +105,18 @@ def test_the_summary_averages_seeds(tmp_path):
 
 def test_the_best_and_the_worse_are_named(runs):
     text = body(Page(runs))
-    assert "Best on average: tent with 60.0 %, +10.0 points over its source model." in text
-    worse = Page(
-        [runs[0], Run(runs[1].folder, {**runs[1].settings}, runs[1].results)], ["source", "tent"]
-    )
-    assert "Worse than the source model" not in body(worse)
+    assert "Best on average: 60.0 %, tent (+10.0 points over its source model)." in text
+    assert "Worse than the source model" not in text
+
+
+def test_runs_that_are_equally_good_are_all_named(runs):
+    assert "Best on average: 50.0 %, source and sar (+0.0 points" in body(Page([runs[0], runs[2]]))
+
+
+def test_a_loss_is_named(tmp_path, runs):
+    bad = Run.load(put_whole_run(tmp_path / "eata", "EATA", rows((1, 5))))
+    text = body(Page([*runs, bad]))
+    assert "Worse than the source model on average: eata (−20.0)." in text  # noqa: RUF001
 
 
 def test_a_collapse_is_flagged_and_named(tmp_path):
@@ -178,6 +185,7 @@ def test_without_labels_the_page_is_about_entropy(tmp_path):
     assert Reader(text).row("fog-5") == ["fog-5", "0.50"]
     assert "no labels" in text
     assert "Most and least certain" in text
+    assert "Best on average" not in text
     assert [figure.id for figure in page.figures] == [
         "curves-running",
         *("run-1-classes-over-time", "run-1-entropy", "run-1-class-change"),
@@ -189,6 +197,8 @@ def test_runs_of_different_protocols_are_said_to_be(runs, tmp_path):
     text = body(Page([*runs, Run.load(other)]))
     assert "follow different protocols" in text
     assert "batch_size" in text
+    assert "Best on average" not in text
+    assert 'class="best"' not in text
     assert "follow different protocols" not in body(Page(runs))
 
 
@@ -202,8 +212,8 @@ def test_manifests_and_what_differs_in_them(runs):
 def test_a_run_that_ended_early_is_named(tmp_path, runs):
     runs[1].results.update(completed=False, stopped="disk full", nonfinite_batches=2)
     text = body(Page(runs))
-    assert "The run ended early: disk full." in text
-    assert "2 batches were not finite." in text
+    said = "tent: it ended early (disk full); batches that were not finite: 2."
+    assert said in text
 
 
 # Images -------------------------------------------------------------------------------------------
@@ -255,7 +265,52 @@ def test_an_image_that_is_gone_is_left_out(runs):
     def gone(index, corruption, severity):
         raise InputError("no such file")
 
-    assert Reader(body(Page(runs, pictures=lambda run: Pictures(gone, None)))).all("img") == []
+    text = body(Page(runs, pictures=lambda run: Pictures(gone, None)))
+    assert Reader(text).all("img") == []
+    assert "4 of 4 images can no longer be read." in text
+    assert "cannot be read</li>" in text
+
+
+def test_a_run_without_a_finite_prediction_is_shown(tmp_path):
+    given = [("fog-5", 0, -1)] * 20
+    page = Page([Run.load(put_whole_run(tmp_path / "tent", "Tent", given))])
+    assert Reader(body(page)).row("fog-5")[1] == "0.0"
+    assert "run-1-classes-over-time" not in [figure.id for figure in page.figures]
+
+
+def test_repetitions_are_shown_by_the_first(tmp_path):
+    found = [
+        Run.load(
+            put_whole_run(
+                tmp_path / f"tent_{seed}",
+                "Tent",
+                rows((5, 5)),
+                served=stream(seed=seed, plan_sha256=f"{seed}a" * 32),
+            )
+        )
+        for seed in (0, 1)
+    ]
+    text = body(Page(found))
+    assert "the first of 2 runs" in text
+    assert "different protocols" not in text
+
+
+def test_values_that_differ_late_are_shown_where_they_do(tmp_path):
+    long = "/a/very/long/path/to/the/images/of/the/stream/version"
+    found = [
+        Run.load(
+            put_whole_run(
+                tmp_path / name,
+                "Tent",
+                rows((5, 5)),
+                served=stream(source={**stream()["source"], "root": f"{long}/{name}"}),
+            )
+        )
+        for name in ("one", "two")
+    ]
+    row = Reader(body(Page(found))).row("stream.source.root")
+    assert row[1] != row[2]
+    assert row[1].endswith("/one")
 
 
 def test_images_that_cannot_be_had_are_explained(runs):

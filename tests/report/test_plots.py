@@ -110,6 +110,14 @@ def test_many_segments_are_a_line_and_few_are_bars(tmp_path):
     assert len(encoding["x"]["axis"]["values"]) <= 40  # names do not run into each other
 
 
+def test_more_names_than_colours_are_lines_with_dashes(tmp_path):
+    runs = [run_of(tmp_path / f"r{n}", {"fog-5": 0.5, "snow-5": 0.5}) for n in range(10)]
+    assert "bar" in layers(plots.segment_accuracy(frames.segments(runs[:9])))
+    ((encoding, _),) = layers(plots.segment_accuracy(frames.segments(runs)))["line"]
+    looks = zip(*(encoding[k]["scale"]["range"] for k in ("color", "strokeDash")), strict=True)
+    assert len({(colour, tuple(dash)) for colour, dash in looks}) == 10
+
+
 def test_bars_of_runs_with_other_segments_stand_over_their_names(tmp_path):
     one = run_of(tmp_path / "one", {"fog-5": 0.2, "snow-5": 0.4})
     other = run_of(tmp_path / "other", {"snow-5": 0.6, "frost-5": 0.8})

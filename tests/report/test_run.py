@@ -74,6 +74,13 @@ def test_curve(run):
     assert frame["running_entropy"].tolist() == [0.5] * 4
 
 
+def test_running_accuracy_is_that_of_labelled_images(run):
+    run.results["curve"] |= {"correct": [1, 0, 0, 1], "labelled": [1, 1, 0, 1]}
+    frame = run.curve
+    np.testing.assert_allclose(frame["accuracy"], [1, 0, np.nan, 1])
+    np.testing.assert_allclose(frame["running_accuracy"], [1, 0.5, np.nan, 1])
+
+
 def test_running_entropy_leaves_batches_of_nan_out(run):
     run.results["curve"]["entropy"] = [None, 0.2, 0.4, 1.0]
     frame = run.curve

@@ -149,6 +149,7 @@ class StreamMetrics(AdaptCallback):
             self._add_domains(logits, labels, batch.positions)
         self._images.append(len(labels))
         self._correct.append(int(((found.label == labels) & (labels >= 0)).sum()))
+        self._labelled.append(int((labels >= 0).sum()))
         self._entropy.append(float(found.entropy[found.finite].mean()))
 
     def on_adapt_segment_end(self, trainer: Trainer, adapter: Adapter, segment: Segment) -> None:
@@ -167,7 +168,13 @@ class StreamMetrics(AdaptCallback):
             logger.log_metrics(known, step=len(self._images))
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures: ``overall``, ``segments``, ``domains``, ``curve``."""
+        """Return the figures: ``overall``, ``segments``, ``domains``, ``curve``.
+
+        The curve counts the labelled images of each batch where only some have a label.
+        """
+        known, some = int(self.overall.labelled), {}
+        if 0 < known < int(self.overall.images):
+            some = {"labelled": self._labelled.tolist()}
         return {
             "overall": self.overall.compute(),
             "segments": [  # a run may stop in the first batch of a segment
@@ -177,7 +184,8 @@ class StreamMetrics(AdaptCallback):
             "curve": {
                 "segments": [{"segment": name, "batch": batch} for name, batch in self._starts],
                 "images": self._images.tolist(),
-                "correct": self._correct.tolist() if int(self.overall.labelled) else None,
+                "correct": self._correct.tolist() if known else None,
+                **some,
                 "entropy": [round(v, 5) if math.isfinite(v) else None for v in self._entropy],
             },
         }
@@ -192,6 +200,7 @@ class StreamMetrics(AdaptCallback):
             "starts": [list(pair) for pair in self._starts],
             "images": torch.tensor(self._images, dtype=torch.int64),
             "correct": torch.tensor(self._correct, dtype=torch.int64),
+            "labelled": torch.tensor(self._labelled, dtype=torch.int64),
             "entropy": torch.tensor(self._entropy, dtype=torch.float64),
         }
 
@@ -209,6 +218,7 @@ class StreamMetrics(AdaptCallback):
         self._starts[:] = [(name, batch) for name, batch in state_dict["starts"]]
         self._images = array("q", state_dict["images"].tolist())
         self._correct = array("q", state_dict["correct"].tolist())
+        self._labelled = array("q", state_dict["labelled"].tolist())
         self._entropy = array("d", state_dict["entropy"].tolist())
 
     @property
@@ -231,5 +241,6 @@ class StreamMetrics(AdaptCallback):
         self._segments: list[tuple[str, PredictionStatistics]] = []
         self._domains: dict[str, PredictionStatistics] = {}
         self._starts: list[tuple[str, int]] = []
-        self._images, self._correct, self._entropy = array("q"), array("q"), array("d")
+        self._images, self._correct, self._labelled = array("q"), array("q"), array("q")
+        self._entropy = array("d")
         self._plan = None

@@ -50,7 +50,7 @@ class RunReport(AdaptCallback):
             run = Run.load(folder)
             page = Page([run], [folder.name], folder.name, pictures if self.images else None)
             write_atomically(folder / self.filename, page.html())
-        except (InputError, OSError) as error:  # the run itself is whole
-            rank_zero_warn(f"{self.filename} could not be written: {error}")
+        except Exception as error:  # whatever it is: the run itself is whole
+            rank_zero_warn(f"{self.filename} could not be written: {type(error).__name__}: {error}")
             return
         rank_zero_info(f"report: {folder / self.filename}")

@@ -15,9 +15,9 @@ def collapses(run: Run, source: Run | None) -> list[str]:
     """Name the segments in which a run ends up predicting far fewer classes than it should.
 
     In the second half of a segment, the effective number of predicted classes (``exp`` of the
-    entropy of their histogram) is below half of the source model's on the same images (of the
-    labels', where that run is not there), and no more images are right. Half a segment of fewer
-    than 50 images says nothing, and without labels and source nothing is known.
+    entropy of their histogram) is below half of the source model's on the same images, and no more
+    images are right. Where that run is not there, the first half of the segment stands for it. Half
+    a segment of fewer than 50 images says nothing, nor does a stream without labels and source.
     ``CollapseGuard`` watches a run for it while it lasts; what it found is counted as well.
     """
     if run.is_source:
@@ -31,13 +31,13 @@ def collapses(run: Run, source: Run | None) -> list[str]:
             continue
         mine = ours.loc[late]
         if other is not None:
-            expected, right = other.loc[late, "prediction"], other.loc[late, "correct"]
+            before = other.loc[late]
         elif mine["label"].notna().all():
-            expected, right = mine["label"], None
+            before = ours.loc[rows[: len(late)]]
         else:
             continue
-        fewer = _effective(mine["prediction"]) < FEWER_CLASSES * _effective(expected)
-        if fewer and (right is None or _right(mine["correct"]) <= _right(right)):
+        fewer = FEWER_CLASSES * _effective(before["prediction"])
+        if _effective(mine["prediction"]) < fewer and _right(mine) <= _right(before):
             found.add(segment)
     return [segment for segment in ours["segment"].unique() if segment in found]
 
@@ -54,5 +54,5 @@ def _effective(values: pd.Series) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def _right(correct: pd.Series) -> int:
-    return int(correct.fillna(False).sum())
+def _right(predictions: pd.DataFrame) -> int:
+    return int(predictions["correct"].fillna(False).sum())

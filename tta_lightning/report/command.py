@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from tta_lightning.errors import InputError
-from tta_lightning.report.protocol import differences
 from tta_lightning.report.run import Run
 from tta_lightning.runs import write_atomically
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # the page takes two seconds to import
     from tta_lightning.report.detail import Pictures
     from tta_lightning.report.page import Page
 
-MANIFEST = "manifest.json"
+MANIFEST, METRICS = "manifest.json", "metrics.json"
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -61,9 +61,10 @@ def report(arguments: Sequence[str]) -> int:
     if options.figures:
         count = write_figures(page, Path(options.figures))
         console.print(f"figures {options.figures} ({count} files)", soft_wrap=True)
-    if found := differences(runs):
+    if page.differences:
         console.print(
-            f"These runs follow different protocols ({', '.join(found)}); the page says so.",
+            f"These runs follow different protocols ({', '.join(page.differences)}); the page "
+            "says so.",
             soft_wrap=True,
         )
     console.print(f"report  {output}", soft_wrap=True)
@@ -82,10 +83,9 @@ def find_runs(arguments: Sequence[str]) -> tuple[list[Run], list[str] | None]:
     Raises:
         InputError: There is no run, or only some have names.
     """
-    found: dict[Path, tuple[str, str | None]] = {}
+    found: dict[Path, tuple[Path, str]] = {}
     for argument in arguments:
-        name, pattern = _split(argument)
-        folders = _matching(pattern) if name else [Path(pattern)]
+        name, folders = _named(argument)
         inner = [folder for outer in folders for folder in _runs_in(outer)]
         if not inner:
             raise InputError(
@@ -93,15 +93,17 @@ def find_runs(arguments: Sequence[str]) -> tuple[list[Run], list[str] | None]:
                 "such folders, or NAME=PATTERN."
             )
         for folder in inner:
-            found.setdefault(folder.resolve(), (str(folder), name))
-    names = [name for _, name in found.values()]
-    if None in names and any(names):
+            found.setdefault(folder.resolve(), (folder, name))
+    runs, names = [Run.load(folder) for folder, _ in found.values()], [n for _, n in found.values()]
+    if not any(names):
+        return runs, None
+    if not all(names):
         raise InputError(
             "Some of the runs have a NAME= before them, others have none. Name all of them, or "
             "none, and repetitions are found by their manifests."
         )
-    runs = [Run.load(folder) for folder, _ in found.values()]
-    return runs, None if None in names else [str(name) for name in names]
+    _check_repetitions(runs, names)
+    return runs, names
 
 
 def write_page(page: Page, path: Path) -> None:
@@ -129,7 +131,7 @@ def write_figures(page: Page, folder: Path) -> int:
     from tta_lightning.report.pictures import save
 
     try:
-        return sum(len(save(figure.chart, folder, figure.id)) for figure in page.figures)
+        return sum(len(save(figure.chart, folder, figure.file)) for figure in page.figures)
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written to: {error.strerror}. Choose another."
@@ -149,24 +151,48 @@ def pictures_of(run: Run) -> Pictures:
     return Pictures(stream.image, stream.classes)
 
 
-def _split(argument: str) -> tuple[str | None, str]:
+def _named(argument: str) -> tuple[str, list[Path]]:
     """Take NAME=PATTERN apart; a folder that exists is a folder, whatever its name."""
     name, sign, pattern = argument.partition("=")
     if not sign or Path(argument).exists():
-        return None, argument
-    return name, pattern
-
-
-def _matching(pattern: str) -> list[Path]:
-    """Return what a pattern like that of a shell matches, in order."""
-    path = Path(pattern)
+        return "", [Path(argument)]
+    if not name or not pattern:
+        raise InputError(f"{argument}: expected NAME=PATTERN, as tent=runs/seed*/tent.")
+    path = Path(pattern).expanduser()
+    if path.exists():
+        return name, [path]
     root = Path(path.anchor) if path.is_absolute() else Path()
-    return sorted(root.glob(str(path.relative_to(path.anchor) if path.anchor else path)))
+    matching = root.glob(str(path.relative_to(path.anchor) if path.anchor else path))
+    return name, [found for found in _in_order(matching) if (found / MANIFEST).is_file()]
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """Return a run, or the finished runs that lie in a folder."""
+    """Return a run, or the runs that lie in a folder, those that came to an end."""
     if (folder / MANIFEST).is_file() or not folder.is_dir():
         return [folder]
-    inner = sorted(path for path in folder.iterdir() if (path / "metrics.json").is_file())
-    return [path for path in inner if (path / MANIFEST).is_file()]
+    inner = [path for path in _in_order(folder.iterdir()) if (path / MANIFEST).is_file()]
+    ended = [path for path in inner if (path / METRICS).is_file()]
+    for path in inner:
+        if path not in ended:
+            Console(stderr=True, markup=False).print(f"left out, not finished: {path}")
+    return ended
+
+
+def _in_order(paths: Iterable[Path]) -> list[Path]:
+    """Sort paths as a person counts: run2 before run10."""
+    return sorted(paths, key=lambda path: [int(p) if p.isdigit() else p for p in _parts(path)])
+
+
+def _parts(path: Path) -> list[str]:
+    return re.split(r"(\d+)", str(path))
+
+
+def _check_repetitions(runs: Sequence[Run], names: Sequence[str]) -> None:
+    """Refuse a name for runs of different methods: their mean would say nothing."""
+    for name in dict.fromkeys(names):
+        found = {run.method for run, own in zip(runs, names, strict=True) if own == name}
+        if len(found) > 1:
+            raise InputError(
+                f"{name}= matches runs of different methods ({', '.join(sorted(found))}), whose "
+                "mean would say nothing. Narrow the pattern."
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +14,7 @@ from tta_lightning.report import frames, plots, samples, tables
 from tta_lightning.report.run import Run
 from tta_lightning.report.tables import Table
 
+EDGES = " Vertical lines: a new segment."
 MOST_PICTURES = 1200  # of the whole page: each has about 2 kB
 MOST_OF_A_KIND = 4  # of a segment
 _MARKS = {samples.FIXED: "✓ ", samples.BROKE: "✗ "}  # colour is not all that tells them apart
@@ -34,17 +36,18 @@ PicturesOf: TypeAlias = Callable[[Run], Pictures]
 """From a run to its images; raises an InputError that says why they cannot be had."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Figure:
     """A figure of the page.
 
     Attributes:
-        id: Its name in the page, and of its files.
+        id: Its name in the page.
         title: What it shows.
         text: What is to be seen, for those who cannot see it too.
         chart: The chart.
         shape: ``wide``, or ``square`` for one that keeps its width.
         table: Its figures.
+        file: Name of its files, without an ending.
     """
 
     id: str
@@ -53,6 +56,10 @@ class Figure:
     chart: alt.LayerChart
     shape: str = "wide"
     table: Table | None = None
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        self.file = self.file or self.id
 
 
 @dataclass
@@ -63,7 +70,6 @@ class Detail:
     name: str
     what: str
     open: bool
-    note: str = ""
     figures: list[Figure] = field(default_factory=list)
     samples_title: str = ""
     samples_text: str = ""
@@ -94,34 +100,36 @@ def detail(
     """
     time = _named(frames.over_time(run), class_names)
     classes = _named(frames.per_class(run, source), class_names)
-    most = time.loc[time["share"].idxmax()]
-    predicted = (
-        f"A column is a stretch of the stream, a row a class; the brighter, the more of the "
-        f"predictions. Highest: class {most['class']} with {most['share']:.0%} in "
-        f"{most['segment']}."
+    figures = (
+        []
+        if time.empty
+        else [
+            Figure(
+                f"{place}-classes-over-time",
+                f"What {names[0]} predicts along the stream",
+                _histogram_text(time),
+                plots.prediction_histogram(time),
+                table=tables.over_time(time),
+            ),
+            Figure(
+                f"{place}-entropy",
+                f"How sure {names[0]} is",
+                "Low entropy is a sure model, which need not be right."
+                f"{EDGES if time['segment'].nunique() > 1 else ''}",
+                plots.entropy_over_time(time),
+            ),
+        ]
     )
-    figures = [
-        Figure(
-            f"{place}-classes-over-time",
-            f"What {names[0]} predicts along the stream",
-            predicted,
-            plots.prediction_histogram(time),
-            table=tables.over_time(time),
-        ),
-        Figure(
-            f"{place}-entropy",
-            f"How sure {names[0]} is",
-            "Low entropy is a sure model, which need not be right. Vertical lines: a new segment.",
-            plots.entropy_over_time(time),
-        ),
-        Figure(
-            f"{place}-class-change",
-            _class_title(names[0], source, classes),
-            _class_text(classes),
-            plots.class_change(classes),
-            table=tables.classes(classes),
-        ),
-    ]
+    if len(classes):
+        figures.append(
+            Figure(
+                f"{place}-class-change",
+                _class_title(names[0], source, classes),
+                _class_text(classes),
+                plots.class_change(classes),
+                table=tables.classes(classes),
+            )
+        )
     calibration = frames.reliability(
         [run] if source is None else [source, run],
         [names[0]] if source is None else [names[1], names[0]],
@@ -140,8 +148,9 @@ def detail(
                 tables.reliability(calibration),
             )
         )
-    figures = figures if len(classes) else [*figures[:2], *figures[3:]]
-    return Detail(place, names[0], _what(run), open=False, note=_note(run), figures=figures)
+    for figure in figures:
+        figure.file = f"{place}-{_safe(names[0])}-{figure.id.removeprefix(f'{place}-')}"
+    return Detail(place, names[0], _what(run), open=False, figures=figures)
 
 
 def add_samples(shown: Detail, run: Run, source: Run | None, found: Pictures, most: int) -> None:
@@ -165,30 +174,40 @@ def add_samples(shown: Detail, run: Run, source: Run | None, found: Pictures, mo
         if compared
         else f"The {most} of each segment with the highest and the lowest confidence."
     )
+    gone = 0
     for segment in dict.fromkeys(each.segment for each in chosen):
-        of_segment = [each for each in chosen if each.segment == segment]
-        shown.segments.append(
-            {
-                "name": segment,
-                "kinds": [
-                    {
-                        "name": _MARKS.get(kind, "") + kind,
-                        "tone": {samples.FIXED: "gain", samples.BROKE: "loss"}.get(kind, ""),
-                        "images": [
-                            picture
-                            for each in of_segment
-                            if each.kind == kind and (picture := _picture(each, found)) is not None
-                        ],
-                    }
-                    for kind in kinds
-                ],
-            }
-        )
+        columns = []
+        for kind in kinds:
+            members = [e for e in chosen if (e.segment, e.kind) == (segment, kind)]
+            pictures = [picture for e in members if (picture := _picture(e, found)) is not None]
+            gone += len(members) - len(pictures)
+            tone = {samples.FIXED: "gain", samples.BROKE: "loss"}.get(kind, "")
+            name = _MARKS.get(kind, "") + kind
+            columns.append({"name": name, "tone": tone, "images": pictures, "any": bool(members)})
+        shown.segments.append({"name": segment, "kinds": columns})
+    if gone:
+        shown.no_samples = f"{gone} of {len(chosen)} images can no longer be read."
+    elif not chosen:
+        shown.no_samples = "No image is shown: the run fixed none and broke none."
 
 
 def pictures_each(runs: int, segments: int) -> int:
     """Say how many pictures a kind and segment there are on a page of so many runs."""
     return min(MOST_OF_A_KIND, MOST_PICTURES // max(1, 2 * runs * segments))
+
+
+def note(run: Run) -> str:
+    """Say what went otherwise than it should in a run; empty where nothing did."""
+    results, said = run.results, []
+    if not results["completed"]:
+        said.append(f"it ended early ({results.get('stopped') or 'nobody knows why'})")
+    counts = {
+        "batches that were not finite": results.get("nonfinite_batches", 0),
+        "images left out": results.get("bad_images", {}).get("count", 0),
+        "collapses found by CollapseGuard": results.get("collapse", {}).get("alarms", 0),
+    }
+    said += [f"{what}: {count}" for what, count in counts.items() if count]
+    return f"{'; '.join(said)}." if said else ""
 
 
 # Parts --------------------------------------------------------------------------------------------
@@ -220,7 +239,8 @@ def _named(frame: pd.DataFrame, classes: Sequence[str] | None) -> pd.DataFrame:
 
 def _class_name(classes: Sequence[str] | None) -> Callable[[int], str]:
     def name(number: int) -> str:
-        return str(number) if classes is None or number < 0 else classes[number]
+        known = classes is not None and 0 <= number < len(classes)
+        return classes[number] if known and classes is not None else str(number)
 
     return name
 
@@ -230,7 +250,7 @@ def _what(run: Run) -> str:
     method = run.settings["method"]
     rule = method.get("rule") or {}
     parts = [run.method]
-    if "name" in rule and method.get("rule") is not None:
+    if "name" in rule:
         lr = rule.get("lr")
         parts.append(rule["name"] if lr is None else f"{rule['name']} {lr:g}")
     parts += [
@@ -239,19 +259,18 @@ def _what(run: Run) -> str:
     return " · ".join(parts)
 
 
-def _note(run: Run) -> str:
-    """Say what went otherwise than it should."""
-    results, said = run.results, []
-    if not results["completed"]:
-        said.append(f"The run ended early: {results.get('stopped')}.")
-    if results["nonfinite_batches"]:
-        said.append(f"{results['nonfinite_batches']} batches were not finite.")
-    if results["bad_images"]["count"]:
-        said.append(f"{results['bad_images']['count']} images were left out.")
-    alarms = results.get("collapse", {}).get("alarms", 0)
-    if alarms:
-        said.append(f"CollapseGuard found {alarms} collapses.")
-    return " ".join(said)
+def _histogram_text(time: pd.DataFrame) -> str:
+    most = time.loc[time["share"].idxmax()]
+    return (
+        "A column is a stretch of the stream, a row a class; the brighter, the more of the "
+        f"predictions. Highest: class {most['class']} with {most['share']:.0%} in "
+        f"{most['segment']}."
+    )
+
+
+def _safe(name: str) -> str:
+    """Return a name that files can have everywhere."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def _class_title(name: str, source: Run | None, classes: pd.DataFrame) -> str:

@@ -19,6 +19,7 @@ from tta_lightning.report.run import Run, labels
 
 MEAN = "mean"
 """Name of the row that is the mean over the domains."""
+LEAST_IN_STRETCH = 10  # shares of fewer images are noise
 MOST_DOMAINS = 40  # of more, the severities of a corruption are averaged
 
 
@@ -41,6 +42,9 @@ def accuracies(runs: Sequence[Run], names: Sequence[str] | None = None) -> pd.Da
         The domain ``mean`` is the mean over the others.
     """
     names = _names(runs, names)
+    for run in runs:
+        if run.predictions.empty:
+            raise InputError(f"{run.folder}: the run predicted nothing. Leave it out.")
     rows = [_domain_rows(run, runs) for run in runs]
     for number, (name, frame) in enumerate(zip(names, rows, strict=True)):
         frame.insert(0, "name", name)
@@ -57,14 +61,16 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A row a name and domain, both in their order of appearance: ``name``, ``domain``, ``runs``
         (how many), mean and standard deviation of ``accuracy``, ``gain`` and ``entropy``
-        (``accuracy``, ``accuracy_sd``, ...; the deviation is that of a sample, NaN for one run),
-        ``collapsed`` (whether any of them did).
+        (``accuracy``, ``accuracy_sd``, ...; the deviation is that of a sample, NaN for one run; the
+        gain is NaN unless each of the runs has one), ``collapsed`` (whether any of them did).
     """
     groups = frame.groupby(["name", "domain"], sort=False)
     parts = {"runs": groups["run"].count()}
     for column in ("accuracy", "gain", "entropy"):
         parts[column] = groups[column].mean()
         parts[f"{column}_sd"] = groups[column].std(ddof=1)
+    whole = groups["gain"].count() == parts["runs"]
+    parts["gain"], parts["gain_sd"] = parts["gain"].where(whole), parts["gain_sd"].where(whole)
     parts["collapsed"] = groups["collapsed"].any()
     return pd.DataFrame(parts).reset_index()
 
@@ -118,17 +124,19 @@ def over_time(run: Run, bins: int = 60, classes: int = 20) -> pd.DataFrame:
 
     Args:
         run: A run.
-        bins: About how many stretches to cut the stream into. None goes over the end of a segment,
-            unless there are more segments than that.
+        bins: About how many stretches to cut the stream into, of 10 images or more. None goes over
+            the end of a segment, unless there are more segments than that.
         classes: Most classes that are told apart: those that are predicted most in some stretch.
             The others are ``other``.
 
     Returns:
         A row a stretch and class: ``segment``, ``start`` and ``stop`` (images seen), ``class`` (its
         number as text, or ``other``), ``share`` of the predictions in the stretch, ``entropy``
-        (mean of the stretch, nats), ``accuracy`` (of the stretch; NaN without labels).
+        (mean of the stretch, nats), ``accuracy`` (of the stretch; NaN without labels). No rows
+        where no prediction is finite.
     """
     predictions = run.predictions
+    bins = min(bins, max(1, len(predictions) // LEAST_IN_STRETCH))
     edges = _edges(predictions["segment"].to_numpy(), bins)
     stretch = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
     shares = pd.crosstab(stretch, predictions["prediction"], normalize="index")
@@ -209,12 +217,15 @@ def reliability(
     return pd.concat(parts, ignore_index=True)
 
 
-def cost(runs: Sequence[Run], names: Sequence[str] | None = None) -> pd.DataFrame:
+def cost(
+    runs: Sequence[Run], names: Sequence[str] | None = None, known: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Say what each run costs, beside what it is worth.
 
     Args:
         runs: Runs with the callback CostMonitor, which is on by default.
         names: A name a run; None for those of their folders.
+        known: What :func:`accuracies` returns of them, if that is there already.
 
     Returns:
         A row a name, means over its runs: ``name``, ``accuracy`` (mean over the domains),
@@ -223,19 +234,19 @@ def cost(runs: Sequence[Run], names: Sequence[str] | None = None) -> pd.DataFram
         NaN where it was not measured.
     """
     rows = []
-    frame = accuracies(runs, names)
+    frame = accuracies(runs, names) if known is None else known
     means = frame[frame["domain"] == MEAN].set_index("run")["accuracy"]
     for number, (run, name) in enumerate(zip(runs, _names(runs, names), strict=True)):
-        known = run.results.get("cost", {})
-        speed = known.get("images_per_second")
-        phases = [v for v in known.values() if isinstance(v, dict)]
+        measured = run.results.get("cost", {})
+        speed = measured.get("images_per_second")
+        phases = [v for v in measured.values() if isinstance(v, dict)]
         peaks = [phase["peak_memory_bytes"] for phase in phases if phase["peak_memory_bytes"]]
         rows.append(
             {
                 "name": name,
                 "accuracy": means[number],
-                "forwards": known.get("forwards_per_batch", np.nan),
-                "backwards": known.get("backwards_per_batch", np.nan),
+                "forwards": measured.get("forwards_per_batch", np.nan),
+                "backwards": measured.get("backwards_per_batch", np.nan),
                 "images_per_second": speed or np.nan,
                 "milliseconds": 1000 / speed if speed else np.nan,
                 "memory": max(peaks, default=np.nan),

@@ -17,16 +17,18 @@ from markupsafe import Markup
 from tta_lightning.errors import InputError
 from tta_lightning.report import frames, plots, tables
 from tta_lightning.report.detail import (
+    EDGES,
     Detail,
     Figure,
     Pictures,
     PicturesOf,
     add_samples,
     detail,
+    note,
     pictures_each,
 )
-from tta_lightning.report.groups import group
-from tta_lightning.report.protocol import differences, source_of
+from tta_lightning.report.groups import group, unlike
+from tta_lightning.report.protocol import source_of
 from tta_lightning.report.run import Run
 
 ASSETS = files("tta_lightning.report").joinpath("assets")
@@ -56,9 +58,11 @@ class Page:
         self.runs, self.title = list(runs), title
         self.names = group(runs) if names is None else list(names)
         self.order = list(dict.fromkeys(self.names))
-        self._summary = frames.summary(frames.accuracies(self.runs, self.names))
+        accuracies = frames.accuracies(self.runs, self.names)
+        self.differences = unlike(self.runs, self.names)
+        self._summary = frames.summary(accuracies)
         self.curves = self._curves()
-        self._costs = frames.cost(self.runs, self.names)
+        self._costs = frames.cost(self.runs, self.names, accuracies)
         self.cost = self._cost()
         self.details = self._details(pictures)
 
@@ -70,9 +74,8 @@ class Page:
 
     def html(self) -> str:
         """Return the page."""
-        found = differences(self.runs)
         table = tables.settings(self.runs, _columns(self.names))
-        listed = list(dict.fromkeys(field.rpartition(".")[2] for field in found))
+        listed = list(dict.fromkeys(field.rpartition(".")[2] for field in self.differences))
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
         template = environment.from_string(_asset("page.html"))
         return template.render(
@@ -80,8 +83,9 @@ class Page:
             subtitle=self._subtitle(),
             sections=_SECTIONS,
             differences=listed,
-            headlines=tables.headlines(self._summary),
-            summary=tables.summary(self._summary, self._what()),
+            headlines=tables.headlines(self._summary, ranked=not self.differences),
+            notes=self._notes(),
+            summary=tables.summary(self._summary, self._what(), ranked=not self.differences),
             curves=self.curves,
             cost_figure=self.cost,
             cost_table=tables.cost(self._costs),
@@ -110,7 +114,7 @@ class Page:
                 "curves-running",
                 f"Running {what}",
                 f"The mean {what} of the images that were seen since the segment began, against "
-                "the images seen. Vertical lines: a new segment.",
+                f"the images seen.{EDGES if plots.has_edges(curves) else ''}",
                 plots.running_accuracy(curves, self.order),
                 table=tables.segments(segments),
             )
@@ -156,8 +160,12 @@ class Page:
             place, classes = f"run-{number + 1}", None if found is None else found.classes
             one = detail(run, source, (name, before), place, self.order, classes)
             one.open, one.no_samples = number == 0, why
+            if self.names.count(name) > 1:
+                one.what += f" · the first of {self.names.count(name)} runs"
             if found is not None and most:
                 add_samples(one, run, source, found, most)
+            elif found is not None:
+                one.no_samples = "No images are shown: the page has too many segments for them."
             shown.append(one)
         return shown
 
@@ -176,11 +184,16 @@ class Page:
             said[name] = " · ".join(parts)
         return said
 
+    def _notes(self) -> list[str]:
+        """Say of each run what went otherwise than it should."""
+        columns = zip(_columns(self.names), self.runs, strict=True)
+        return [f"{name}: {said}" for name, run in columns if (said := note(run))]
+
     def _subtitle(self) -> str:
         images = sorted({run.results["overall"]["images"] for run in self.runs})
         count = " to ".join(f"{n:,}" for n in dict.fromkeys((images[0], images[-1])))
-        stream = self.runs[0].settings["stream"] or {}
-        scenario = f", {stream['scenario']}" if "scenario" in stream else ""
+        scenarios = {(run.settings["stream"] or {}).get("scenario", "") for run in self.runs}
+        scenario = f", {', '.join(sorted(scenarios))}" if all(scenarios) else ""
         runs = f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''}"
         return f"{runs} of {count} images{scenario}"
 
@@ -201,7 +214,7 @@ def _found(pictures: PicturesOf | None, run: Run) -> tuple[Pictures | None, str]
     try:
         return pictures(run), ""
     except InputError as error:
-        return None, f"No images are shown: {error}."
+        return None, f"No images are shown: {str(error).rstrip('.')}."
 
 
 def _columns(names: Sequence[str]) -> list[str]:
@@ -215,11 +228,8 @@ def _columns(names: Sequence[str]) -> list[str]:
 
 
 def _spec(figure: Figure) -> Markup:
-    chart = figure.chart
-    if figure.shape == "wide":
-        chart = chart.properties(
-            width="container", autosize=alt.AutoSizeParams(type="fit-x", contains="padding")
-        )
+    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
+    chart = figure.chart.properties(width="container", autosize=fit)
     return _json(chart.to_dict())
 
 

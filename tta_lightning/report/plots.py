@@ -2,8 +2,8 @@
 
 Each function takes a frame of :mod:`tta_lightning.report.frames` and returns an Altair chart, which
 a notebook shows, and :mod:`tta_lightning.report.pictures` writes to files.
-Colours are Okabe and Ito's, and two of Paul Tol's, which colour-blind readers can tell apart; where
-there are more names, lines differ in their dashes, too.
+Colours are Okabe and Ito's, two of Paul Tol's, and grey, which colour-blind readers can tell apart;
+where there are more names, lines differ in their dashes, too.
 """
 
 from __future__ import annotations
@@ -99,12 +99,14 @@ def segment_accuracy(frame: pd.DataFrame, names: Sequence[str] | None = None) ->
         names: As of :func:`running_accuracy`.
 
     Returns:
-        Bars side by side, or lines where there are more than 60 segments.
+        Bars side by side, or lines where there are more than 60 segments or more names than
+        colours.
     """
     labelled = bool(frame["accuracy"].notna().any())
     figure, title = ("accuracy", "accuracy") if labelled else ("entropy", "mean entropy (nats)")
     order = list(dict.fromkeys(frame["segment"]))
-    few = len(order) <= MOST_EDGES
+    count = len(set(frame["name"]) if names is None else names)
+    few = len(order) <= MOST_EDGES and count <= len(COLOURS)  # bars have no dashes
     look = _look(frame, names, "square" if few else "stroke")
     step = -(-len(order) // (2 * MOST_NAMED))
     axis = alt.Axis(labelAngle=-40, values=order[::step], labelLimit=120)
@@ -315,8 +317,14 @@ def _look(
     domain = list(dict.fromkeys(frame["name"] if names is None else names))
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(domain))]
     dashes = [DASHES[i // len(COLOURS) % len(DASHES)] for i in range(len(domain))]
+    shown = list(dict.fromkeys(frame["name"]))
     legend = alt.Legend(
-        title=None, orient="bottom", symbolType=symbol, symbolStrokeWidth=3, labelLimit=260
+        values=shown,
+        title=None,
+        orient="bottom",
+        symbolType=symbol,
+        symbolStrokeWidth=3,
+        labelLimit=260,
     )
     return {
         "color": alt.Color(
@@ -328,17 +336,29 @@ def _look(
     }
 
 
-def _segment_layers(frame: pd.DataFrame) -> list[alt.Chart]:
-    """Draw the ends of the segments, if all names share them and they are few, and their names."""
+def has_edges(frame: pd.DataFrame) -> bool:
+    """Say whether :func:`running_accuracy` draws the ends of segments."""
+    ends = _edges(frame)
+    return ends is not None and len(ends) > 1
+
+
+def _edges(frame: pd.DataFrame) -> tuple[int, ...] | None:
+    """Return where segments end, if all names share the places and they are few; else None."""
     ends = frame.groupby(["name", "visit"], sort=False)["seen"].max()
     by_name = [tuple(part) for _, part in ends.groupby(level="name", sort=False)]
-    if len(by_name[0]) > MOST_EDGES or any(other != by_name[0] for other in by_name):
+    if not by_name or len(by_name[0]) > MOST_EDGES or len(set(by_name)) > 1:
+        return None
+    return by_name[0]
+
+
+def _segment_layers(frame: pd.DataFrame) -> list[alt.Chart]:
+    """Draw the ends of the segments, if all names share them and they are few, and their names."""
+    ends = _edges(frame)
+    if ends is None:
         return []
     first = frame[frame["name"] == frame["name"].iloc[0]]
     segments = first.groupby("visit", sort=False)["segment"].first()
-    table = pd.DataFrame(
-        {"segment": segments.to_numpy(), "seen": by_name[0], "from": [0, *by_name[0][:-1]]}
-    )
+    table = pd.DataFrame({"segment": segments.to_numpy(), "seen": ends, "from": [0, *ends[:-1]]})
     rules = _chart(table.iloc[:-1]).mark_rule(color="#9a9a9a", strokeWidth=0.7, opacity=0.7)
     layers = [rules.encode(x="seen:Q")]
     if 1 < len(table) <= MOST_NAMED:

@@ -66,7 +66,7 @@ def source_of(run: Run, runs: Sequence[Run]) -> Run | None:
 
 def _protocol(run: Run) -> dict[str, Any]:
     return {
-        **dict(_stream_fields(run.settings["stream"] or {})),
+        **dict(stream_fields(run.settings["stream"] or {})),
         "segments": list(run.accuracies),
         "images": run.results["overall"]["images"],
         "precision": run.settings["precision"],
@@ -74,7 +74,7 @@ def _protocol(run: Run) -> dict[str, Any]:
     }
 
 
-def _stream_fields(stream: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def stream_fields(stream: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield what a stream is, without where its images lie: their digest says which they are."""
     for key, value in stream.items():
         if key in _NO_PROTOCOL:

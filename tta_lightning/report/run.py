@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,8 +53,8 @@ class Run:
         """
         return cls(
             Path(folder),
-            _read(Path(folder, "manifest.json")),
-            _read(Path(folder, "metrics.json")),
+            _read(Path(folder, "manifest.json"), ("method", "model", "stream", "precision")),
+            _read(Path(folder, "metrics.json"), ("completed", "batches", "overall", "segments")),
         )
 
     # Frames --------------------------------------------------------------------------------------
@@ -115,14 +116,15 @@ class Run:
 
         Columns: ``batch`` (from 0), ``segment``, ``images`` in the batch, ``seen`` (images up to
         and with this batch), ``correct`` (a count; missing without labels), ``accuracy`` of the
-        batch, ``running_accuracy`` of the segment up to and with this batch, ``entropy`` (mean of
-        the batch, nats), ``running_entropy``.
+        batch, ``running_accuracy`` of the segment up to and with this batch (both of the labelled
+        images), ``entropy`` (mean of the batch, nats), ``running_entropy``.
         """
         import pandas as pd
 
         curve = self.results.get("curve", {"segments": [], "images": [], "correct": None})
         images = np.asarray(curve["images"], np.int64)
         correct = np.asarray(curve["correct"] or [np.nan] * len(images), np.float64)
+        labelled = np.asarray(curve.get("labelled", images), np.float64)
         entropy = np.array(curve.get("entropy", []), np.float64)  # None becomes NaN
         starts = [segment["batch"] for segment in curve["segments"]]
         lengths = np.diff([*starts, len(images)])
@@ -135,11 +137,12 @@ class Run:
                 "images": images,
                 "seen": images.cumsum(),
                 "correct": correct,
-                "accuracy": correct / images,
+                "accuracy": correct / np.where(labelled > 0, labelled, np.nan),
             }
         )
-        within = frame["images"].groupby(visit).cumsum()
-        frame["running_accuracy"] = frame["correct"].groupby(visit).cumsum() / within
+        within = pd.Series(labelled).groupby(visit).cumsum()
+        right = frame["correct"].groupby(visit).cumsum()
+        frame["running_accuracy"] = right / within.where(within > 0)
         frame["entropy"] = entropy
         known = frame["images"] * np.isfinite(entropy)  # a batch of NaN has no entropy
         total = (known * np.nan_to_num(entropy)).groupby(visit).cumsum()
@@ -200,7 +203,9 @@ def labels(runs: Sequence[Run]) -> list[str]:
         For each run the name of its folder, and as much of the path before it as is needed where
         several folders have one name: ``a/tent``, ``b/tent``.
     """
-    parts = [run.folder.absolute().parts for run in runs]
+    # names of folders need not be valid UTF-8; what is not is escaped
+    folders = [os.fsencode(run.folder.absolute()).decode(errors="backslashreplace") for run in runs]
+    parts = [Path(folder).parts for folder in folders]
     return [_shortest(own, [*parts[:i], *parts[i + 1 :]]) for i, own in enumerate(parts)]
 
 
@@ -221,14 +226,22 @@ def _fields(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
             yield f"{before}{name}", value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, fields: Sequence[str]) -> dict[str, Any]:
+    """Read a file of a run, which has these fields."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{path} cannot be read: {error.strerror}. Give folders that `tta adapt` wrote and "
             "that came to an end."
         ) from error
     except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}. The run cannot be compared.") from error
-    return values
+        raise InputError(f"{path} is not JSON: {error}. The run cannot be read.") from error
+    missing = [f for f in fields if not isinstance(values, dict) or f not in values]
+    if missing:
+        raise InputError(
+            f"{path} is not of a run: it has no {', '.join(missing)}. Give folders that `tta "
+            "adapt` wrote."
+        )
+    found: dict[str, Any] = values
+    return found

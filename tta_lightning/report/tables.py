@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tta_lightning.report import frames
+from tta_lightning.report.groups import beginning
 from tta_lightning.report.protocol import is_hash
 from tta_lightning.report.run import Run
 
@@ -18,8 +19,9 @@ MOST_TEXT = 32  # characters of a value where values stand side by side
 ALIKE = 0.0005  # accuracies closer than that are equal in print
 _COLLAPSED = (
     "⚠ collapsed: in the second half of a segment the model predicts fewer than half as many "
-    "classes (by their effective number) as the source model does there, or as there are where "
-    "that run is not known, and is right no more often; or CollapseGuard said so."
+    "classes (by their effective number) as the source model does there, or as it did itself in "
+    "the first half where that run is not given, and is right no more often; or CollapseGuard "
+    "said so."
 )
 
 
@@ -74,12 +76,13 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def summary(frame: pd.DataFrame, what: dict[str, str]) -> dict[str, Any]:
+def summary(frame: pd.DataFrame, what: dict[str, str], ranked: bool = True) -> dict[str, Any]:
     """Lay the summary out: a row a domain, a column a name.
 
     Args:
         frame: What :func:`frames.summary` returns.
         what: Name to what stands below it.
+        ranked: Whether the runs follow one protocol, so that one can be the best.
 
     Returns:
         ``caption``, ``corner``, ``columns``, ``rows``, ``legend``, for the template.
@@ -94,30 +97,38 @@ def summary(frame: pd.DataFrame, what: dict[str, str]) -> dict[str, Any]:
     for domain in domains:
         known = [table.loc[(domain, n)] if (domain, n) in table.index else None for n in names]
         cells = [Cell(UNKNOWN) if row is None else _cell(row, labelled) for row in known]
-        if labelled and len(names) > 1:
+        if labelled and ranked and len(names) > 1:
             cells = _with_best(cells, known)
         rows.append({"name": domain, "mean": domain == frames.MEAN, "cells": cells})
-    caption, legend = _words(frame, labelled)
+    caption, legend = _words(frame, labelled, ranked and len(names) > 1)
     columns = [{"name": name, "what": what[name]} for name in names]
     return {
         "caption": caption,
-        "corner": "corruption",
+        "corner": "stream",
         "columns": columns,
         "rows": rows,
         "legend": legend,
     }
 
 
-def headlines(frame: pd.DataFrame) -> list[str]:
-    """Say in a sentence each what the summary shows: the best, the losses, the collapses."""
+def headlines(frame: pd.DataFrame, ranked: bool = True) -> list[str]:
+    """Say in a sentence each what the summary shows: the best, the losses, the collapses.
+
+    Args:
+        frame: What :func:`frames.summary` returns.
+        ranked: Whether the runs follow one protocol, so that one can be the best.
+    """
     means = frame[frame["domain"] == frames.MEAN].set_index("name")
     said = []
-    if means["accuracy"].notna().any():
-        best = means["accuracy"].idxmax()
-        gain = means["gain"][best]
-        over = "" if pd.isna(gain) else f", {points(gain)} points over its source model"
+    if ranked and means["accuracy"].notna().any():
+        top = means["accuracy"].max()
+        best = means[means["accuracy"] > top - ALIKE]
         first = "Best on average" if len(means) > 1 else "On average"
-        said.append(f"{first}: {best} with {percent(means['accuracy'][best])} %{over}.")
+        gains = [
+            name if pd.isna(gain) else f"{name} ({points(gain)} points over its source model)"
+            for name, gain in best["gain"].items()
+        ]
+        said.append(f"{first}: {percent(top)} %, {' and '.join(gains)}.")
     worse = means[means["gain"] < -ALIKE]
     if len(worse):
         listed = ", ".join(f"{name} ({points(gain)})" for name, gain in worse["gain"].items())
@@ -219,7 +230,7 @@ def settings(runs: Sequence[Run], names: Sequence[str]) -> Table | None:
         full = [shown(column[name]) if name in column else "" for column in columns]
         if len(set(full)) > 1:
             most = 12 if is_hash(name) else MOST_TEXT
-            rows.append([name, *(_cut(text, most) or UNKNOWN for text in full)])
+            rows.append([name, *(text or UNKNOWN for text in _cut(full, most))])
     if not rows:
         return None
     return Table("Fields of the manifests that differ", ["field", *names], rows)
@@ -252,8 +263,16 @@ def _cell(row: pd.Series, labelled: bool) -> Cell:
     return Cell(percent(row["accuracy"]), sd, points(gain), tone, bool(row["collapsed"]))
 
 
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]}…"
+def _cut(texts: Sequence[str], most: int) -> list[str]:
+    """Shorten texts to the stretch in which they begin to differ."""
+    alike = len(beginning(texts))
+    start = 0 if alike < most else alike - most // 2
+    return [
+        ("…" if start else "")
+        + text[start : start + most]
+        + ("…" if len(text) > start + most else "")
+        for text in texts
+    ]
 
 
 def _with_best(cells: list[Cell], known: Sequence[Any]) -> list[Cell]:
@@ -267,9 +286,9 @@ def _with_best(cells: list[Cell], known: Sequence[Any]) -> list[Cell]:
     ]
 
 
-def _words(frame: pd.DataFrame, labelled: bool) -> tuple[str, str]:
+def _words(frame: pd.DataFrame, labelled: bool, best: bool) -> tuple[str, str]:
     """Return caption and legend of the summary."""
-    legend = ["The shaded figure is the best of its row."] if labelled else []
+    legend = ["The shaded figure is the best of its row."] if labelled and best else []
     if frame["gain"].notna().any():
         legend.append(
             "After the accuracy: the gain over the source model of the same weights, in percentage "

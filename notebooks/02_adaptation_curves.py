@@ -204,7 +204,8 @@ def look(scenario, method):
     display(over_time(scenario, method), classes(scenario, method))
 
 
-widgets.interact(look, scenario=scenarios, method=names[1:])
+_ = widgets.interact(look, scenario=scenarios, method=names[1:])
+
 # %%
 over_time("label_shift", "tent")
 
@@ -241,5 +242,5 @@ plots.cost(cost, names)
 cost[["name", "forwards", "backwards", "images_per_second"]].round(2)
 
 # %% [markdown]
-# `chart.save("figure.pdf")` writes any of these figures for a paper. `tta report FOLDER/* -o
-# report.html` makes one page of all runs.
+# `chart.save("figure.pdf")` writes any of these figures for a paper. `tta report
+# FOLDER/mixed_domains -o report.html` makes one page of the runs of a scenario.

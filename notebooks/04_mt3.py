@@ -89,7 +89,7 @@ Trainer(max_epochs=1, max_steps=30, **quiet).fit(
     ),
     datamodule=LabelledTasks(train, tasks=6, images_per_task=1),
 )
-network.eval()
+_ = network.eval()
 # %% [markdown]
 # ## One image
 #

@@ -270,7 +270,8 @@ def finished(tmp_path_factory):
 def workplace(tmp_path, monkeypatch, finished):
     """A folder with configurations, images, and the runs that pages speak of."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    make_images(tmp_path / "photos")
+    for name in ("photos", "clean"):
+        make_images(tmp_path / name)
     for name in ("ant", "bat"):
         make_images(tmp_path / "sorted" / name, 2)
     shutil.copytree(finished, tmp_path / "runs")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tta_lightning.errors import InputError
+from tta_lightning.errors import InputError, nearest_path
 from tta_lightning.runs import LOCK, write_atomically
 
 FOLDER = "checkpoints"
@@ -196,7 +196,8 @@ def find(resume_from: str | Path) -> Resumable:
         )
     if not os.path.isfile(path):  # noqa: PTH113
         raise InputError(
-            f"There is no run folder or checkpoint {str(path)!r} to resume from. Give the folder "
+            f"There is no run folder or checkpoint {str(path)!r} to resume from."
+            f"{nearest_path(path)} Give the folder "
             f"of a run, a file in its folder {FOLDER!r}, or {LAST!r}."
         )
     folder = path.absolute().parent.parent

@@ -37,7 +37,7 @@ EXAMPLES = {  # of each verb: what it does, and what one would type
 
   tta adapt -c configs/adapt/tent.yaml -c configs/stream/digits.yaml --trainer.run_dir runs/tent
   tta adapt -c configs/adapt/tent.yaml -c configs/stream/digits.yaml --data.severity 5
-  tta adapt -c configs/adapt/image_folder.yaml --data.source.root FOLDER
+  tta adapt -c configs/adapt/image_folder.yaml --data.source.root FOLDER --model.network timm:NAME
   tta adapt -c runs/tent/config.yaml --resume_from runs/tent
 """,
     "compare": """Put finished runs into one table.
@@ -45,7 +45,7 @@ EXAMPLES = {  # of each verb: what it does, and what one would type
   tta compare runs/source runs/tent
   tta compare runs/source runs/tent -o runs
 """,
-    "report": """Put finished runs into one page.
+    "report": """Put finished runs into one HTML page that needs no network.
 
   tta report runs/source runs/tent -o report.html
   tta report runs/demo

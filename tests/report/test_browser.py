@@ -121,6 +121,18 @@ def test_every_figure_is_drawn_without_a_word(browser, small):
     visit.page.close()
 
 
+def test_a_run_of_one_segment_without_labels_is_drawn_without_a_word(browser, tmp_path):
+    rows = [("fog-5", None, n % 3) for n in range(40)]
+    run = Run.load(put_whole_run(tmp_path / "tent", "Tent", rows))
+    path = tmp_path / "report.html"
+    path.write_text(Page([run]).html())
+    visit = Visit(browser, path)
+    draw_all(visit.page)
+    assert len(visit.page.query_selector_all(".chart svg.marks")) == 4
+    assert visit.said == []
+    visit.page.close()
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1200], ids=["phone", "desk"])
 def test_who_cannot_see_or_point_can_read_it(browser, small, width, dark):

@@ -112,6 +112,7 @@ def test_the_name_of_a_folder_need_not_be_utf8(runs):
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere/manifest.json cannot be read"),
+        (["seed0/Tnet"], "Did you mean 'seed0/Tent'?"),
         (["a=nowhere/*"], r"a=nowhere/\*: there is no run"),
         (["empty"], "empty: there is no run"),
         (["a=seed0/Tent", "seed0/Source"], "Name all of them, or none"),

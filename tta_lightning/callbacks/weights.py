@@ -136,7 +136,8 @@ class AdaptedWeights(AdaptCallback):
         plain, info = _without_wrappers(adapter.network)
         state = _named_as(plain, adapter, exchanged)
         try:
-            write_atomically(path, _to_bytes(state, self._metadata(adapter, info)))
+            metadata = self._metadata(adapter, info, _served_size(trainer) or info.input_size)
+            write_atomically(path, _to_bytes(state, metadata))
         except OSError as error:
             raise InputError(
                 f"The adapted weights cannot be written to {path}: {error.strerror}. See to it, "
@@ -223,11 +224,13 @@ class AdaptedWeights(AdaptCallback):
             return f"{method} left every weight as it was, so no weight is adapted."
         return None
 
-    def _metadata(self, adapter: Adapter, info: ModelInfo) -> dict[str, str]:
+    def _metadata(
+        self, adapter: Adapter, info: ModelInfo, input_size: int | None
+    ) -> dict[str, str]:
         """Describe the network in strings, the only values that the format takes."""
         known = {
             "num_classes": info.num_classes,
-            "input_size": info.input_size,
+            "input_size": input_size,
             "classes": None if adapter.classes is None else adapter.classes.tolist(),
         }
         return {
@@ -316,6 +319,13 @@ def _forgets(trainer: Trainer, adapter: Adapter) -> bool:
     """Say whether nothing that was learnt outlives a batch."""
     plan = getattr(trainer.test_loop, "plan", None)
     return adapter.episodic or (plan is not None and plan.reset_each_batch)
+
+
+def _served_size(trainer: Trainer) -> int | None:
+    """Return the side in px that a stream brings its images to; None where it leaves them."""
+    geometry = getattr(getattr(trainer, "datamodule", None), "geometry", None)
+    size: int | None = getattr(geometry, "size", None)
+    return size
 
 
 def _teacher(adapter: Adapter) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tta_lightning.errors import InputError
+from tta_lightning.errors import InputError, nearest_path
 from tta_lightning.models.classifier import describe
 
 CHECKPOINT_KEY = "tta_lightning"  # the entry that marks a checkpoint as ours
@@ -43,7 +43,8 @@ def read_file(path: str | Path) -> Any:
     path = Path(path)
     if not is_file(path):
         raise InputError(
-            f"There is no weight file {str(path)!r}. Give the path of an existing file."
+            f"There is no weight file {str(path)!r}.{nearest_path(path)} Give the path of an "
+            "existing file; `tta fit` writes best.ckpt into the checkpoints of its run folder."
         )
     if path.suffix not in SUFFIXES:
         raise InputError(

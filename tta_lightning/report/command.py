@@ -33,10 +33,7 @@ def report(arguments: Sequence[str]) -> int:
     Raises:
         InputError: A run cannot be read, or the page cannot be written.
     """
-    parser = argparse.ArgumentParser(
-        prog="tta report",
-        description="Put finished runs into one HTML page that needs no network.",
-    )
+    parser = argparse.ArgumentParser(prog="tta report")
     parser.add_argument(
         "runs",
         nargs="+",

@@ -107,10 +107,7 @@ def compare(arguments: Sequence[str]) -> int:
     Raises:
         InputError: A run cannot be read, or the runs are not comparable.
     """
-    parser = argparse.ArgumentParser(
-        prog="tta compare",
-        description="Put finished runs in one table: tta compare runs/source runs/tent -o runs.",
-    )
+    parser = argparse.ArgumentParser(prog="tta compare")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run of tta adapt")
     parser.add_argument("-o", "--output", help="folder to write curves.png and table.csv to")
     parser.add_argument("--force", action="store_true", help="compare runs of different protocols")

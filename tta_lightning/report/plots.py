@@ -354,14 +354,14 @@ def _edges(frame: pd.DataFrame) -> tuple[int, ...] | None:
 def _segment_layers(frame: pd.DataFrame) -> list[alt.Chart]:
     """Draw the ends of the segments, if all names share them and they are few, and their names."""
     ends = _edges(frame)
-    if ends is None:
+    if ends is None or len(ends) == 1:
         return []
     first = frame[frame["name"] == frame["name"].iloc[0]]
     segments = first.groupby("visit", sort=False)["segment"].first()
     table = pd.DataFrame({"segment": segments.to_numpy(), "seen": ends, "from": [0, *ends[:-1]]})
     rules = _chart(table.iloc[:-1]).mark_rule(color="#9a9a9a", strokeWidth=0.7, opacity=0.7)
     layers = [rules.encode(x="seen:Q")]
-    if 1 < len(table) <= MOST_NAMED:
+    if len(table) <= MOST_NAMED:
         names = _chart(table).mark_text(
             angle=325, align="left", baseline="middle", dx=3, dy=-4, fontSize=9
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tta_lightning.errors import InputError
+from tta_lightning.errors import InputError, nearest_path
 
 if TYPE_CHECKING:  # half a second to import, which `tta --help` does not have
     import pandas as pd
@@ -231,9 +231,10 @@ def _read(path: Path, fields: Sequence[str]) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
+        hint = "" if path.parent.exists() else nearest_path(path.parent)
         raise InputError(
-            f"{path} cannot be read: {error.strerror}. Give folders that `tta adapt` wrote and "
-            "that came to an end."
+            f"{path} cannot be read: {error.strerror}.{hint} Give folders that `tta adapt` wrote "
+            "and that came to an end."
         ) from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}. The run cannot be read.") from error

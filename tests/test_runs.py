@@ -1,12 +1,10 @@
 """Run folders and the files in them."""
 
-import numpy as np
 import pytest
 
 from tests.loops.test_adaptation import quiet, tent
 from tests.streams import make_stream
 from tta_lightning.callbacks import AdaptCallback
-from tta_lightning.report.plots import _running
 from tta_lightning.runs import reserved, unused_folder, write_atomically, write_json
 
 
@@ -52,8 +50,3 @@ def test_predictions_are_on_disk_after_every_batch(tmp_path):
     count = Count()
     quiet(count, run_dir=tmp_path / "run").adapt(tent(), datamodule=make_stream())
     assert count.lines == [6, 11, 13, 18, 23, 25]  # a header, then batches of 5, 5, 2, 5, 5, 2
-
-
-def test_running_means_skip_batches_without_a_value():
-    values, images = np.array([4.0, np.nan, 1.0]), np.array([5, 5, 2])
-    assert _running(values, images).tolist() == [0.8, 0.8, 5 / 7]

@@ -287,10 +287,10 @@ def test_sigterm_stops_and_the_command_line_says_so(monkeypatch, capsys):
         quiet(kept := Logits(), Kill()).adapt(tent(), datamodule=make_stream())
     assert len(kept.rows) == 5
 
-    def stop(**options):
+    def stop(self, **options):
         raise SIGTERMException
 
-    monkeypatch.setattr(cli, "TTACLI", stop)
+    monkeypatch.setattr(cli.TTACLI, "__init__", stop)
     assert cli.main(["adapt"]) == 143
     assert "SIGTERM" in capsys.readouterr().err
 
